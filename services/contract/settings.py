@@ -1,0 +1,59 @@
+"""Where things run: addresses, directories and keys, read from the environment (prefix ``SMOOTHKD_``).
+
+Entry points build one ``Settings`` and pass it down; nothing reads the environment elsewhere.
+"""
+
+from pathlib import Path
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix="SMOOTHKD_", extra="ignore", frozen=True)
+
+    data_dir: Path = Field(default=Path(".smoothkd"), description="Database, models, checkpoints, logs.")
+    database_url: str = Field(
+        default="", description="SQLAlchemy URL; empty means SQLite in data_dir. postgresql+psycopg://user@host/db"
+    )
+    redis_url: str = Field(default="redis://127.0.0.1:6399/0", description="Redis or Valkey that wakes the workers.")
+
+    api_host: str = "127.0.0.1"
+    api_port: int = 8440
+    api_url: str = Field(default="", description="Where clients find the API; empty means http://api_host:api_port.")
+    api_key: SecretStr | None = Field(default=None, description="Bearer key; required unless api_host is loopback.")
+
+    dashboard_host: str = "127.0.0.1"
+    dashboard_port: int = 8441
+
+    teacher_host: str = "127.0.0.1"
+    teacher_port: int = 8442
+    teacher_address: str = Field(
+        default="", description="gRPC target of the teacher; empty means teacher_host:teacher_port."
+    )
+
+    lease_seconds: float = Field(default=30.0, gt=0, description="A stage whose worker is silent this long is retried.")
+    max_attempts: int = Field(default=3, ge=1, description="Attempts of a stage whose worker or process died.")
+    offline: bool = Field(default=False, description="Never contact a model or data hub.")
+
+    @property
+    def resolved_database_url(self) -> str:
+        return self.database_url or f"sqlite:///{self.data_dir.absolute() / 'smoothkd.db'}"
+
+    @property
+    def resolved_api_url(self) -> str:
+        return self.api_url or f"http://{self.api_host}:{self.api_port}"
+
+    @property
+    def resolved_teacher_address(self) -> str:
+        return self.teacher_address or f"{self.teacher_host}:{self.teacher_port}"
+
+    @property
+    def runs_dir(self) -> Path:
+        """One directory per run: checkpoints, the final model, logs."""
+        return self.data_dir / "runs"
+
+    @property
+    def models_dir(self) -> Path:
+        """Converted embedded models."""
+        return self.data_dir / "models"

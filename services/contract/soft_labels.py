@@ -1,0 +1,199 @@
+"""Soft labels: the teacher's next-token distributions, and how they cross the network.
+
+Shape suffixes: N label positions, K kept tokens, D the teacher's hidden size, V its vocabulary.
+
+Both ends use this one codec. ``encode_labels`` and ``decode_labels`` turn labels into protobuf and back, bit for bit;
+decoding copies nothing: the arrays are read-only views of the message's bytes.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from services.contract.errors import LabelMismatchError
+from services.contract.teacher.v1 import teacher_service_pb2 as pb
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+"""Largest gRPC message either end accepts: one sequence of exact labels, 8192 positions of 4096 bf16 values."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ExactLabels:
+    """Final hidden states, float32, float16 or bfloat16; the teacher's head turns them into all logits."""
+
+    hidden_ND: Array
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TopKLabels:
+    """The likeliest tokens with the exact mass of the rest, which stays one ghost bucket and is never renormalised away.
+
+    ``ids_NK`` int32, likeliest first; ``logprobs_NK`` float16 natural logarithms under the full softmax;
+    ``tail_mass_N`` float32, the probability of all other tokens together.
+    """
+
+    ids_NK: Array
+    logprobs_NK: Array
+    tail_mass_N: Array
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FullLabels:
+    """Log-probabilities of the whole vocabulary, float16."""
+
+    logprobs_NV: Array
+
+
+SoftLabels = ExactLabels | TopKLabels | FullLabels
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ScoredSequence:
+    """A teacher's answer for one sequence.
+
+    ``token_logprobs_N`` float32: the log-probability, at temperature 1, of the token that stands at each label position.
+    ``sequence_hash``: see ``hash_sequence``.
+    """
+
+    id: str
+    sequence_hash: bytes
+    token_logprobs_N: Array
+    labels: SoftLabels
+
+
+def encode_labels(scored: ScoredSequence) -> pb.ScoreSequencesResponse:
+    """The wire form of one scored sequence."""
+    message = pb.ScoreSequencesResponse(
+        id=scored.id,
+        sequence_hash=scored.sequence_hash,
+        token_logprobs=encode_tensor(scored.token_logprobs_N),
+    )
+    labels = scored.labels
+    if isinstance(labels, ExactLabels):
+        message.exact.hidden.CopyFrom(encode_tensor(labels.hidden_ND))
+    elif isinstance(labels, TopKLabels):
+        message.top_k.ids.CopyFrom(encode_tensor(labels.ids_NK))
+        message.top_k.logprobs.CopyFrom(encode_tensor(labels.logprobs_NK))
+        message.top_k.tail_mass.CopyFrom(encode_tensor(labels.tail_mass_N))
+    else:
+        message.full.logprobs.CopyFrom(encode_tensor(labels.logprobs_NV))
+    return message
+
+
+def decode_labels(message: pb.ScoreSequencesResponse) -> ScoredSequence:
+    """One scored sequence from its wire form.
+
+    Raises LabelMismatchError when a tensor is damaged, the arrays disagree about N, or a value that must be finite is not.
+    """
+    encoding = message.WhichOneof("labels")
+    labels: SoftLabels
+    if encoding == "exact":
+        labels = ExactLabels(hidden_ND=decode_tensor(message.exact.hidden))
+        columns = [labels.hidden_ND]
+    elif encoding == "top_k":
+        labels = TopKLabels(
+            ids_NK=decode_tensor(message.top_k.ids),
+            logprobs_NK=decode_tensor(message.top_k.logprobs),
+            tail_mass_N=decode_tensor(message.top_k.tail_mass),
+        )
+        columns = [labels.ids_NK, labels.logprobs_NK, labels.tail_mass_N]
+    elif encoding == "full":
+        labels = FullLabels(logprobs_NV=decode_tensor(message.full.logprobs))
+        columns = [labels.logprobs_NV]
+    else:
+        raise LabelMismatchError(
+            f"the answer for sequence {message.id!r} carries no labels",
+            fix="Teacher and student run different releases of smoothkd; update the older one.",
+        )
+    token_logprobs_N = decode_tensor(message.token_logprobs)
+    for column in [token_logprobs_N, *columns]:
+        if len(column) != len(token_logprobs_N):
+            raise LabelMismatchError(
+                f"the labels of sequence {message.id!r} disagree about the number of positions: "
+                f"{len(column)} against {len(token_logprobs_N)}",
+                fix="The answer is damaged; restart the teacher.",
+            )
+        # A token of probability 0 has log-probability -inf; NaN is never right, and infinite states neither.
+        wrong = np.isnan(column) if encoding == "full" or encoding == "top_k" else ~np.isfinite(column)
+        if wrong.any():
+            raise LabelMismatchError(
+                f"the labels of sequence {message.id!r} hold values that are not finite",
+                fix="Check the teacher's weights and precision: float16 overflows in some models; serve it in bfloat16.",
+            )
+    return ScoredSequence(
+        id=message.id, sequence_hash=message.sequence_hash, token_logprobs_N=token_logprobs_N, labels=labels
+    )
+
+
+def hash_sequence(token_ids: Sequence[int], label_positions: Sequence[int]) -> bytes:
+    """SHA-256 that ties labels to the tokens and positions they were computed for; both ends compute it."""
+    digest = hashlib.sha256(np.uint32(len(token_ids)).tobytes())
+    digest.update(np.asarray(token_ids, dtype="<u4").tobytes())
+    digest.update(np.asarray(label_positions, dtype="<u4").tobytes())
+    return digest.digest()
+
+
+def top_k_labels(logits_NV: Array, k: int, *, temperature: float = 1.0) -> TopKLabels:
+    """Top-k labels of float logits; ``k`` above V keeps the whole vocabulary.
+
+    The tail mass is summed from the tail itself, so that a tail of 1e-9 stays 1e-9 and is not lost in 1 - sum.
+    """
+    logprobs_NV = log_softmax(logits_NV, temperature=temperature)
+    vocab_size = logprobs_NV.shape[1]
+    k = min(k, vocab_size)
+    ids_NK = np.argpartition(-logprobs_NV, k - 1, axis=1)[:, :k]
+    order_NK = np.argsort(-np.take_along_axis(logprobs_NV, ids_NK, axis=1), axis=1, kind="stable")
+    ids_NK = np.take_along_axis(ids_NK, order_NK, axis=1)
+    tail_NV = np.exp(logprobs_NV)
+    np.put_along_axis(tail_NV, ids_NK, 0.0, axis=1)
+    return TopKLabels(
+        ids_NK=ids_NK.astype(np.int32),
+        logprobs_NK=np.take_along_axis(logprobs_NV, ids_NK, axis=1).astype(np.float16),
+        tail_mass_N=tail_NV.sum(axis=1).astype(np.float32),
+    )
+
+
+def log_softmax(logits_NV: Array, *, temperature: float = 1.0) -> Array:
+    """Float64 log-probabilities along the last axis."""
+    scaled_NV = logits_NV.astype(np.float64) / temperature
+    scaled_NV -= scaled_NV.max(axis=-1, keepdims=True)
+    scaled_NV -= np.log(np.exp(scaled_NV).sum(axis=-1, keepdims=True))
+    return scaled_NV
+
+
+_DTYPES = {
+    pb.TENSOR_TYPE_FLOAT32: np.dtype("<f4"),
+    pb.TENSOR_TYPE_FLOAT16: np.dtype("<f2"),
+    pb.TENSOR_TYPE_BFLOAT16: np.dtype(ml_dtypes.bfloat16),
+    pb.TENSOR_TYPE_INT32: np.dtype("<i4"),
+}
+_TENSOR_TYPES = {dtype: tensor_type for tensor_type, dtype in _DTYPES.items()}
+
+
+def encode_tensor(array: Array) -> pb.Tensor:
+    """Float32, float16, bfloat16 and int32 arrays of any shape."""
+    return pb.Tensor(dtype=_TENSOR_TYPES[array.dtype], shape=array.shape, data=array.tobytes())
+
+
+def decode_tensor(message: pb.Tensor) -> Array:
+    """A read-only view of the message's bytes; LabelMismatchError when size and shape disagree."""
+    dtype = _DTYPES.get(message.dtype)
+    if dtype is None:
+        raise LabelMismatchError(
+            f"a tensor has the unknown type {message.dtype}",
+            fix="Teacher and student run different releases of smoothkd; update the older one.",
+        )
+    expected = math.prod(message.shape) * dtype.itemsize
+    if len(message.data) != expected:
+        raise LabelMismatchError(
+            f"a tensor of shape {list(message.shape)} holds {len(message.data)} bytes instead of {expected}",
+            fix="The answer is damaged; restart the teacher.",
+        )
+    return np.frombuffer(message.data, dtype=dtype).reshape(message.shape)

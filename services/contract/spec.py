@@ -1,0 +1,447 @@
+"""What to do: the sweep a user writes and the runs it expands to.
+
+The same classes are the body of ``POST /v1/sweeps``, the YAML file, and what a worker reads. They say
+nothing about where things run; that is ``services.contract.settings``.
+"""
+
+import difflib
+import hashlib
+import itertools
+import json
+import re
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from services.contract.errors import SpecError
+
+BenchmarkName = Literal[
+    "demo_news",
+    "cnn_dailymail",
+    "xsum",
+    "arc_challenge",
+    "arc_easy",
+    "hellaswag",
+    "openbookqa",
+]
+SUMMARISATION: frozenset[str] = frozenset({"demo_news", "cnn_dailymail", "xsum"})
+MULTIPLE_CHOICE: frozenset[str] = frozenset(get_args(BenchmarkName)) - SUMMARISATION
+
+
+class Spec(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class TeacherFinetuneSpec(Spec):
+    """How the teacher is first fine-tuned on the sweep's data set (paper, section 4.1)."""
+
+    method: Literal["full", "lora"] = "lora"
+    epochs: Annotated[int, Field(ge=1)] = 1
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    batch_size: Annotated[int, Field(ge=1)] = 8
+
+
+class TeacherSpec(Spec):
+    """``model``: a directory or a hub id; the teacher server must serve this very model."""
+
+    model: Annotated[str, Field(min_length=1)]
+    revision: str | None = None
+    finetune: TeacherFinetuneSpec | None = None
+
+
+class StudentSpec(Spec):
+    """``model``: where the student's weights start from, a directory or a hub id."""
+
+    model: Annotated[str, Field(min_length=1)]
+    revision: str | None = None
+
+
+class DatasetSpec(Spec):
+    """Records with databricks-dolly-15k's columns: instruction, context, response, category.
+
+    ``path`` is ``demo_instructions`` (shipped), a local .jsonl or .parquet file, or a hub id. ``limit``
+    keeps the first records only.
+    """
+
+    path: Annotated[str, Field(min_length=1)]
+    split: str = "train"
+    limit: Annotated[int, Field(ge=1)] | None = None
+
+
+class LabelSpec(Spec):
+    """How soft labels travel: ``exact`` hidden states, ``top_k`` with exact tail mass, or ``full``."""
+
+    encoding: Literal["exact", "top_k", "full"] = "exact"
+    k: Annotated[int, Field(ge=1, le=1024)] | None = None
+
+    @model_validator(mode="after")
+    def _k_belongs_to_top_k(self) -> "LabelSpec":
+        if self.encoding == "top_k" and self.k is None:
+            raise ValueError("encoding top_k needs k, for example k: 64")
+        if self.encoding != "top_k" and self.k is not None:
+            raise ValueError(f"k only goes with encoding top_k; remove k or the encoding {self.encoding}")
+        return self
+
+
+class DistillationSpec(Spec):
+    """``level`` says whose responses are learnt: the data set's (word) or the teacher's (sequence)."""
+
+    level: Literal["word", "sequence", "word+sequence"] = "word"
+    labels: LabelSpec = LabelSpec()
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+
+
+def _each_once(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    repeated = sorted({value for value in values if values.count(value) > 1})
+    if repeated:
+        raise ValueError(f"lists {', '.join(map(str, repeated))} more than once; list each value once")
+    return values
+
+
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, int | float) else value
+
+
+Alphas = Annotated[
+    tuple[Annotated[float, Field(ge=0)], ...],
+    Field(min_length=1),
+    BeforeValidator(_as_tuple),
+    AfterValidator(_each_once),
+]
+LearningRates = Annotated[
+    tuple[Annotated[float, Field(gt=0)], ...],
+    Field(min_length=1),
+    BeforeValidator(_as_tuple),
+    AfterValidator(_each_once),
+]
+Counts = Annotated[
+    tuple[Annotated[int, Field(ge=1)], ...],
+    Field(min_length=1),
+    BeforeValidator(_as_tuple),
+    AfterValidator(_each_once),
+]
+Seeds = Annotated[
+    tuple[Annotated[int, Field(ge=0, lt=2**32)], ...],
+    Field(min_length=1),
+    BeforeValidator(_as_tuple),
+    AfterValidator(_each_once),
+]
+
+
+class GridSpec(Spec):
+    """The axes of a sweep; every combination is a run. ``batch_size`` counts records per optimizer step."""
+
+    alpha: Alphas = (0.0,)
+    learning_rate: LearningRates = (1e-5,)
+    batch_size: Counts = (4,)
+    seed: Seeds = (0,)
+
+
+class TrainingSpec(Spec):
+    """What all runs of a sweep train alike. ``max_length``, in tokens, bounds prompt plus response.
+
+    ``micro_batch_size`` records go through the model at once; None means the whole batch.
+    ``checkpoint_steps``: optimizer steps between checkpoints.
+    """
+
+    epochs: Annotated[int, Field(ge=1)] = 1
+    max_length: Annotated[int, Field(ge=8)] = 1024
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    micro_batch_size: Annotated[int, Field(ge=1)] | None = None
+    gradient_checkpointing: bool = False
+    lr_scheduler: Literal["linear", "cosine", "constant"] = "cosine"
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    checkpoint_steps: Annotated[int, Field(ge=1)] = 200
+    report_to: tuple[Literal["wandb", "mlflow", "tensorboard", "trackio"], ...] = ()
+
+
+class BenchmarkSpec(Spec):
+    """One benchmark by name; ``path`` replaces its hub data with a local .jsonl or .parquet file of the same columns."""
+
+    name: BenchmarkName
+    path: str | None = None
+
+
+def _named_benchmark(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+class EvaluationSpec(Spec):
+    """What every trained student is measured on. ``limit`` keeps the first items of each benchmark."""
+
+    benchmarks: tuple[Annotated[BenchmarkSpec, BeforeValidator(_named_benchmark)], ...] = ()
+    limit: Annotated[int, Field(ge=1)] | None = None
+    max_new_tokens: Annotated[int, Field(ge=1)] = 128
+    batch_size: Annotated[int, Field(ge=1)] = 8
+
+    @model_validator(mode="after")
+    def _benchmarks_once(self) -> "EvaluationSpec":
+        _each_once(tuple(benchmark.name for benchmark in self.benchmarks))
+        return self
+
+
+class RunSpec(Spec):
+    """One student: a point of the grid with everything that decides its weights and scores.
+
+    ``teacher`` is None for supervised fine-tuning (SFT): word level with alpha 0 never contacts a teacher.
+    """
+
+    student: StudentSpec
+    teacher: TeacherSpec | None = None
+    dataset: DatasetSpec
+    distillation: DistillationSpec = DistillationSpec()
+    alpha: Annotated[float, Field(ge=0)] = 0.0
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    batch_size: Annotated[int, Field(ge=1)] = 4
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    training: TrainingSpec = TrainingSpec()
+    evaluation: EvaluationSpec = EvaluationSpec()
+
+    @model_validator(mode="after")
+    def _holds_together(self) -> "RunSpec":
+        _check_level_against_alpha(self.distillation.level, (self.alpha,))
+        if self.teacher is None and self.needs_teacher:
+            raise ValueError(
+                f"alpha {self.alpha:g} at level {self.distillation.level} needs a teacher; name one under teacher.model"
+            )
+        _check_micro_batch(self.training.micro_batch_size, (self.batch_size,))
+        return self
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.alpha > 0 or self.decodes
+
+    @property
+    def decodes(self) -> bool:
+        """Whether responses are the teacher's own decodes (sequence level)."""
+        return self.distillation.level != "word"
+
+    @property
+    def method(self) -> str:
+        """The row this run belongs to in result tables: SFT, KD, SeqKD or SeqKD+KD, with its alpha."""
+        if not self.needs_teacher:
+            return "SFT"
+        name = "SeqKD" if self.decodes else "KD"
+        if self.decodes and self.alpha > 0:
+            name = "SeqKD+KD"
+        return f"{name} alpha={self.alpha:g}" if self.alpha > 0 else name
+
+    @property
+    def key(self) -> str:
+        """16 hex digits that depend on the content alone; equal specs have equal keys on every machine."""
+        return content_key(self.model_dump(mode="json"))
+
+
+class SweepSpec(Spec):
+    """A comparison: one teacher, one student, one data set, and a grid of runs."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+    teacher: TeacherSpec | None = None
+    student: StudentSpec
+    dataset: DatasetSpec
+    distillation: DistillationSpec = DistillationSpec()
+    grid: GridSpec = GridSpec()
+    training: TrainingSpec = TrainingSpec()
+    evaluation: EvaluationSpec = EvaluationSpec()
+
+    @model_validator(mode="after")
+    def _holds_together(self) -> "SweepSpec":
+        _check_level_against_alpha(self.distillation.level, self.grid.alpha)
+        _check_micro_batch(self.training.micro_batch_size, self.grid.batch_size)
+        needs_teacher = max(self.grid.alpha) > 0 or self.distillation.level != "word"
+        if needs_teacher and self.teacher is None:
+            raise ValueError("this grid distils, so it needs a teacher; name one under teacher.model")
+        return self
+
+
+def expand(sweep: SweepSpec) -> list[RunSpec]:
+    """One run per point of the grid, alpha varying slowest and seed fastest; pure and deterministic.
+
+    A run that needs no teacher carries none, and no distillation settings, so that the same SFT baseline has
+    the same key in every sweep.
+    """
+    runs = []
+    grid = sweep.grid
+    for alpha, learning_rate, batch_size, seed in itertools.product(
+        grid.alpha, grid.learning_rate, grid.batch_size, grid.seed
+    ):
+        is_sft = alpha == 0 and sweep.distillation.level == "word"
+        runs.append(
+            RunSpec(
+                student=sweep.student,
+                teacher=None if is_sft else sweep.teacher,
+                dataset=sweep.dataset,
+                distillation=DistillationSpec() if is_sft else sweep.distillation,
+                alpha=alpha,
+                learning_rate=learning_rate,
+                batch_size=batch_size,
+                seed=seed,
+                training=sweep.training,
+                evaluation=sweep.evaluation,
+            )
+        )
+    return runs
+
+
+def content_key(content: Any) -> str:
+    """16 hex digits of the SHA-256 over canonical JSON (sorted keys, no spaces)."""
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def parse_sweep(data: object) -> SweepSpec:
+    """A sweep from plain data; SpecError names every wrong field, its value and the way out."""
+    return _parse(SweepSpec, data)
+
+
+def parse_run(data: object) -> RunSpec:
+    """A run from plain data; SpecError names every wrong field, its value and the way out."""
+    return _parse(RunSpec, data)
+
+
+def load_sweep(path: Path) -> SweepSpec:
+    """A sweep from a YAML file."""
+    return parse_sweep(_read_yaml(path))
+
+
+def load_run(path: Path) -> RunSpec:
+    """A run from a YAML file."""
+    return parse_run(_read_yaml(path))
+
+
+def describe_errors(error: ValidationError, spec: type[BaseModel]) -> list[str]:
+    """One line per mistake: the field's path, the value given, and what to write instead."""
+    lines = []
+    for item in error.errors(include_url=False):
+        place = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{place}: {_unknown_field(item['loc'], spec)}")
+        elif item["type"] == "missing":
+            lines.append(f"{place}: is missing; add it")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            given = item["input"]
+            shown = "" if isinstance(given, Mapping | BaseModel) else f"{_shorten(given)}: "
+            lines.append(f"{place}: {shown}{message}" if place else message)
+    return lines
+
+
+SpecT = typing.TypeVar("SpecT", bound=BaseModel)
+
+
+def _parse(spec: type[SpecT], data: object) -> SpecT:
+    if not isinstance(data, Mapping):
+        raise SpecError(
+            f"a specification is a mapping of fields, not {_shorten(data)}",
+            fix="Start from sweeps/demo.yaml.",
+        )
+    try:
+        return spec.model_validate(data)
+    except ValidationError as error:
+        lines = describe_errors(error, spec)
+        raise SpecError(
+            "; ".join(lines),
+            fix="Correct these fields and send the specification again; sweeps/ holds complete examples.",
+            details={f"error.{index}": line for index, line in enumerate(lines)},
+        ) from None
+
+
+def _read_yaml(path: Path) -> object:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"cannot read {path}: {error}", fix="Name a readable YAML file.") from None
+    try:
+        return yaml.load(text, Loader=_Yaml)
+    except yaml.YAMLError as error:
+        raise SpecError(f"{path} is not YAML: {error}", fix="Mend the line named above.") from None
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-5 as text and accepts a key twice; here it is a number, and twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[typing.Hashable, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands here twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789."),
+)
+
+
+def _unknown_field(location: tuple[int | str, ...], spec: type[BaseModel]) -> str:
+    owner = _model_at(location[:-1], spec)
+    known = sorted(owner.model_fields) if owner else []
+    close = difflib.get_close_matches(str(location[-1]), known, n=1)
+    if close:
+        return f"unknown field; did you mean {close[0]}?"
+    return f"unknown field; remove it or use one of {', '.join(known)}"
+
+
+def _model_at(location: tuple[int | str, ...], spec: type[BaseModel]) -> type[BaseModel] | None:
+    current: type[BaseModel] | None = spec
+    for part in location:
+        if isinstance(part, int) or current is None:
+            continue
+        field = current.model_fields.get(part)
+        current = _model_in(field.annotation) if field else None
+    return current
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, tuple, typing.Annotated):
+        for part in typing.get_args(annotation):
+            found = _model_in(part)
+            if found:
+                return found
+    return None
+
+
+def _shorten(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _check_level_against_alpha(level: str, alphas: tuple[float, ...]) -> None:
+    if level == "sequence" and any(alpha > 0 for alpha in alphas):
+        raise ValueError(
+            "level sequence learns the teacher's decodes with alpha 0; set alpha to 0, or level to word+sequence"
+        )
+
+
+def _check_micro_batch(micro_batch_size: int | None, batch_sizes: tuple[int, ...]) -> None:
+    if micro_batch_size is None:
+        return
+    for batch_size in batch_sizes:
+        if batch_size % micro_batch_size and batch_size > micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size {micro_batch_size} does not divide batch_size {batch_size}; "
+                "choose a divisor of every batch size"
+            )
