@@ -1,0 +1,46 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help setup demo test lint format proto bench clean
+
+help:  ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.complete  ## Build .venv with everything that demo, test and lint need
+$(VENV)/.complete: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "error: smoothkd needs Python 3.11 or newer; name one with make PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --editable '.[dev]'
+	@touch $@
+
+demo: setup  ## SFT against KD on this machine, ten minutes; EXIT=1 stops after the table
+	$(BIN)/smoothkd demo $(if $(filter 1,$(EXIT)),--exit)
+
+test: setup  ## Run every test
+	$(BIN)/pytest
+
+lint: setup  ## Check style, types, dependency direction and the wire contract
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	cd services/contract && ../../$(BIN)/buf lint
+
+format: setup  ## Rewrite the code in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+proto: setup  ## Regenerate the stubs of the wire contract
+	$(BIN)/python -m grpc_tools.protoc -I . --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy \
+		--python_out=. --grpc_python_out=. --mypy_out=. services/contract/teacher/v1/teacher_service.proto
+
+bench: setup  ## Measure speed and memory as ratios
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean:  ## Remove the environment, caches and everything the platform has stored here
+	rm -rf $(VENV) .smoothkd dist build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
