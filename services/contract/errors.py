@@ -17,6 +17,7 @@
     │   └── LabelMismatchError       soft labels belong to other tokens than those asked for
     ├── TrainingError                training cannot go on (non-finite loss, bad checkpoint)
     ├── CancelledError               stopped because the user asked for it
+    ├── ApiUnavailableError          no API answers at the address
     ├── QueueUnavailableError        Redis or Valkey does not answer
     ├── PortInUseError               another process listens on the port
     └── MissingExtraError            an optional part of the installation is absent
@@ -162,6 +163,15 @@ class CancelledError(SmoothKDError):
     http_status = 409
     grpc_code = "CANCELLED"
     exit_code = 130
+
+
+class ApiUnavailableError(SmoothKDError):
+    """No API answers at the address."""
+
+    reason = "api_unavailable"
+    http_status = 503
+    grpc_code = "UNAVAILABLE"
+    exit_code = 3
 
 
 class QueueUnavailableError(SmoothKDError):

@@ -155,6 +155,68 @@ class CaseStudy(Record):
     difference: float = Field(description="SFT's unsupported share of the output minus the best KD's.")
 
 
+class RunStatus(Record):
+    """A run in brief, as events tell it."""
+
+    id: str
+    method: str
+    state: State
+    cancel_requested: bool
+    progress: float = Field(description="Share of the run's work that is done, 0 to 1.")
+    problem: Problem | None = None
+
+
+class SweepEvent(Record):
+    """Where a sweep stands: one server-sent event of ``GET /v1/sweeps/{id}/events``.
+
+    ``changed`` holds every run in a connection's first event and the runs that changed since in the later ones.
+    """
+
+    sweep_id: str
+    state: State
+    cancel_requested: bool
+    runs: dict[State, int] = Field(description="Number of runs per state.")
+    changed: list[RunStatus]
+
+
+class PlannedRun(Record):
+    """One point of a sweep's grid before anything is stored."""
+
+    key: str = Field(description="Depends on the run's content alone.")
+    method: str
+    alpha: float
+    learning_rate: float
+    batch_size: int
+    seed: int
+
+
+class SweepPlan(Record):
+    """What a sweep would run: the answer to a specification that was checked and not stored."""
+
+    name: str
+    runs: list[PlannedRun]
+
+
+class Readiness(Record):
+    """Whether the API can take work; each part says ``ok``."""
+
+    ready: bool
+    store: str
+    queue: str
+
+
+class MetricList(Record):
+    items: list[MetricPoint]
+
+
+class ScoreList(Record):
+    items: list[Score]
+
+
+class ArtifactList(Record):
+    items: list[Artifact]
+
+
 class SweepPage(Record):
     """``next_cursor`` asks for what follows; None at the end."""
 

@@ -324,6 +324,14 @@ def load_run(path: Path) -> RunSpec:
     return parse_run(_read_yaml(path))
 
 
+def read_yaml(text: str, *, source: str) -> object:
+    """The plain data of a YAML text; SpecError names ``source`` and the line that does not parse."""
+    try:
+        return yaml.load(text, Loader=_Yaml)
+    except (yaml.YAMLError, ValueError) as error:
+        raise SpecError(f"{source} is not YAML: {error}", fix="Mend the line named above.") from None
+
+
 def describe_errors(error: ValidationError, spec: type[BaseModel]) -> list[str]:
     """One line per mistake: the field's path, the value given, and what to write instead."""
     lines = []
@@ -366,10 +374,7 @@ def _read_yaml(path: Path) -> object:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"cannot read {path}: {error}", fix="Name a readable YAML file.") from None
-    try:
-        return yaml.load(text, Loader=_Yaml)
-    except yaml.YAMLError as error:
-        raise SpecError(f"{path} is not YAML: {error}", fix="Mend the line named above.") from None
+    return read_yaml(text, source=str(path))
 
 
 class _Yaml(yaml.SafeLoader):
