@@ -11,7 +11,7 @@ from typing import Any, Self, TypeVar
 from urllib.parse import quote
 
 import httpx
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from services.contract.errors import ApiUnavailableError, SmoothKDError
 from services.contract.problems import ProblemDetails, revive
@@ -50,9 +50,9 @@ class ApiClient:
     ApiUnavailableError when nothing answers at ``url``.
     """
 
-    def __init__(self, url: str, key: str | None = None, *, timeout: float = 30.0) -> None:
+    def __init__(self, url: str, key: SecretStr | None = None, *, timeout: float = 30.0) -> None:
         self.url = url.rstrip("/")
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        headers = {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
         self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout)
 
     def __enter__(self) -> Self:
@@ -64,20 +64,20 @@ class ApiClient:
     def close(self) -> None:
         self._http.close()
 
-    def submit(self, spec: SweepSpec, *, idempotency_key: str | None = None) -> SweepRecord:
+    def submit_sweep(self, spec: SweepSpec, *, idempotency_key: str | None = None) -> SweepRecord:
         """Stores and queues a sweep. The same key with the same specification gives the same sweep."""
         return self._post_spec("/v1/sweeps", SweepRecord, body=_as_json(spec), idempotency_key=idempotency_key)
 
     def submit_yaml(self, text: str, *, idempotency_key: str | None = None) -> SweepRecord:
-        """Like ``submit``, from the text of a YAML file."""
+        """Like ``submit_sweep``, from the text of a YAML file."""
         return self._post_spec("/v1/sweeps", SweepRecord, body=_as_yaml(text), idempotency_key=idempotency_key)
 
-    def check(self, spec: SweepSpec) -> SweepPlan:
+    def check_sweep(self, spec: SweepSpec) -> SweepPlan:
         """Expands a sweep and checks what can be known before it runs; stores nothing."""
         return self._post_spec("/v1/sweeps:validate", SweepPlan, body=_as_json(spec))
 
     def check_yaml(self, text: str) -> SweepPlan:
-        """Like ``check``, from the text of a YAML file."""
+        """Like ``check_sweep``, from the text of a YAML file."""
         return self._post_spec("/v1/sweeps:validate", SweepPlan, body=_as_yaml(text))
 
     def sweeps(self, *, limit: int = 50, cursor: str | None = None) -> SweepPage:
@@ -87,7 +87,7 @@ class ApiClient:
     def sweep(self, sweep_id: str) -> SweepRecord:
         return self._get(f"/v1/sweeps/{_part(sweep_id)}", SweepRecord)
 
-    def cancel(self, sweep_id: str) -> SweepRecord:
+    def cancel_sweep(self, sweep_id: str) -> SweepRecord:
         """Asks a sweep to stop: what is queued will not start, what is running ends soon."""
         response = self._request("POST", f"/v1/sweeps/{_part(sweep_id)}/cancel")
         return self._read(response, SweepRecord)
@@ -203,12 +203,12 @@ class ApiClient:
     def _translated(self) -> Iterator[None]:
         try:
             yield
-        except httpx.TransportError as error:
-            raise self._unreachable(error) from error
-        except httpx.InvalidURL as error:
+        except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
             raise ApiUnavailableError(
                 f"{self.url} is no address of an API: {error}", fix="Set SMOOTHKD_API_URL, e.g. http://127.0.0.1:8440."
             ) from error
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
 
     def _unreachable(self, error: httpx.TransportError) -> ApiUnavailableError:
         if isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout):

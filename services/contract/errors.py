@@ -19,6 +19,7 @@
     ├── CancelledError               stopped because the user asked for it
     ├── ApiUnavailableError          no API answers at the address
     ├── QueueUnavailableError        Redis or Valkey does not answer
+    ├── StoreUnavailableError        the database does not answer
     ├── PortInUseError               another process listens on the port
     └── MissingExtraError            an optional part of the installation is absent
 
@@ -183,6 +184,15 @@ class QueueUnavailableError(SmoothKDError):
     exit_code = 3
 
 
+class StoreUnavailableError(SmoothKDError):
+    """The database does not answer."""
+
+    reason = "store_unavailable"
+    http_status = 503
+    grpc_code = "UNAVAILABLE"
+    exit_code = 3
+
+
 class PortInUseError(SmoothKDError):
     """Another process listens on the port."""
 
@@ -195,3 +205,14 @@ class MissingExtraError(SmoothKDError):
 
     reason = "missing_extra"
     exit_code = 3
+
+
+def error_class(reason: str) -> type[SmoothKDError]:
+    """The class that carries ``reason`` over the wire; SmoothKDError for one that this release does not know."""
+    waiting = [SmoothKDError]
+    while waiting:
+        candidate = waiting.pop()
+        if candidate.reason == reason:
+            return candidate
+        waiting.extend(candidate.__subclasses__())
+    return SmoothKDError

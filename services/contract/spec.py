@@ -171,7 +171,7 @@ class TrainingSpec(Spec):
 
 
 class BenchmarkSpec(Spec):
-    """One benchmark by name; ``path`` replaces its hub data with a local .jsonl or .parquet file of the same columns."""
+    """One benchmark by name; ``path`` replaces its data with a local .jsonl or .parquet file of the same columns."""
 
     name: BenchmarkName
     path: str | None = None
@@ -246,6 +246,22 @@ class RunSpec(Spec):
         """16 hex digits that depend on the content alone; equal specs have equal keys on every machine."""
         return content_key(self.model_dump(mode="json"))
 
+    @property
+    def decode_key(self) -> str | None:
+        """16 hex digits of all that the teacher's decodes depend on; None for a run that uses none.
+
+        Runs with the same key learn the same decoded responses, which are made once.
+        """
+        if not self.decodes or self.teacher is None:
+            return None
+        return content_key(
+            {
+                "teacher": self.teacher.model_dump(mode="json"),
+                "dataset": self.dataset.model_dump(mode="json"),
+                "max_length": self.training.max_length,
+            }
+        )
+
 
 class SweepSpec(Spec):
     """A comparison: one teacher, one student, one data set, and a grid of runs."""
@@ -312,6 +328,11 @@ def parse_sweep(data: object) -> SweepSpec:
 def parse_run(data: object) -> RunSpec:
     """A run from plain data; SpecError names every wrong field, its value and the way out."""
     return _parse(RunSpec, data)
+
+
+def parse_evaluation(data: object) -> EvaluationSpec:
+    """What to measure, from plain data; SpecError as for ``parse_sweep``."""
+    return _parse(EvaluationSpec, data)
 
 
 def load_sweep(path: Path) -> SweepSpec:

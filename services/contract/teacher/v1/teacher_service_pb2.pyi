@@ -24,26 +24,26 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
-class _DType:
+class _TensorType:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
 
-class _DTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DType.ValueType], _builtins.type):
+class _TensorTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TensorType.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
-    DTYPE_UNSPECIFIED: _DType.ValueType  # 0
-    DTYPE_FLOAT32: _DType.ValueType  # 1
-    DTYPE_FLOAT16: _DType.ValueType  # 2
-    DTYPE_BFLOAT16: _DType.ValueType  # 3
-    DTYPE_INT32: _DType.ValueType  # 4
+    TENSOR_TYPE_UNSPECIFIED: _TensorType.ValueType  # 0
+    TENSOR_TYPE_FLOAT32: _TensorType.ValueType  # 1
+    TENSOR_TYPE_FLOAT16: _TensorType.ValueType  # 2
+    TENSOR_TYPE_BFLOAT16: _TensorType.ValueType  # 3
+    TENSOR_TYPE_INT32: _TensorType.ValueType  # 4
 
-class DType(_DType, metaclass=_DTypeEnumTypeWrapper): ...
+class TensorType(_TensorType, metaclass=_TensorTypeEnumTypeWrapper): ...
 
-DTYPE_UNSPECIFIED: DType.ValueType  # 0
-DTYPE_FLOAT32: DType.ValueType  # 1
-DTYPE_FLOAT16: DType.ValueType  # 2
-DTYPE_BFLOAT16: DType.ValueType  # 3
-DTYPE_INT32: DType.ValueType  # 4
-Global___DType: _TypeAlias = DType  # noqa: Y015
+TENSOR_TYPE_UNSPECIFIED: TensorType.ValueType  # 0
+TENSOR_TYPE_FLOAT32: TensorType.ValueType  # 1
+TENSOR_TYPE_FLOAT16: TensorType.ValueType  # 2
+TENSOR_TYPE_BFLOAT16: TensorType.ValueType  # 3
+TENSOR_TYPE_INT32: TensorType.ValueType  # 4
+Global___TensorType: _TypeAlias = TensorType  # noqa: Y015
 
 class _Encoding:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -96,14 +96,14 @@ class Tensor(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     SHAPE_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
-    dtype: Global___DType.ValueType
+    dtype: Global___TensorType.ValueType
     data: _builtins.bytes
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
         self,
         *,
-        dtype: Global___DType.ValueType = ...,
+        dtype: Global___TensorType.ValueType = ...,
         shape: _abc.Iterable[_builtins.int] | None = ...,
         data: _builtins.bytes = ...,
     ) -> None: ...
@@ -172,6 +172,26 @@ Global___GetTeacherRequest: _TypeAlias = GetTeacherRequest  # noqa: Y015
 class GetTeacherResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class SpecialTokenIdsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     MODEL_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
@@ -185,6 +205,7 @@ class GetTeacherResponse(_message.Message):
     PROBE_IDS_FIELD_NUMBER: _builtins.int
     ENGINE_FIELD_NUMBER: _builtins.int
     GENERATES_FIELD_NUMBER: _builtins.int
+    SPECIAL_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     revision: _builtins.str
     fingerprint: _builtins.str
@@ -207,6 +228,10 @@ class GetTeacherResponse(_message.Message):
     def encodings(self) -> _containers.RepeatedScalarFieldContainer[Global___Encoding.ValueType]: ...
     @_builtins.property
     def probe_ids(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenIds]: ...
+    @_builtins.property
+    def special_token_ids(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Ids of the tokenizer's special tokens by role: bos, eos, unk, pad; a role it lacks is absent."""
+
     def __init__(
         self,
         *,
@@ -223,10 +248,11 @@ class GetTeacherResponse(_message.Message):
         probe_ids: _abc.Iterable[Global___TokenIds] | None = ...,
         engine: _builtins.str = ...,
         generates: _builtins.bool = ...,
+        special_token_ids: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["encodings", b"encodings", "engine", b"engine", "fingerprint", b"fingerprint", "generates", b"generates", "hidden_size", b"hidden_size", "max_k", b"max_k", "max_length", b"max_length", "max_sequences", b"max_sequences", "model", b"model", "probe_ids", b"probe_ids", "revision", b"revision", "tokenizer_fingerprint", b"tokenizer_fingerprint", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["encodings", b"encodings", "engine", b"engine", "fingerprint", b"fingerprint", "generates", b"generates", "hidden_size", b"hidden_size", "max_k", b"max_k", "max_length", b"max_length", "max_sequences", b"max_sequences", "model", b"model", "probe_ids", b"probe_ids", "revision", b"revision", "special_token_ids", b"special_token_ids", "tokenizer_fingerprint", b"tokenizer_fingerprint", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -306,7 +332,7 @@ Global___GetLmHeadResponse: _TypeAlias = GetLmHeadResponse  # noqa: Y015
 @_typing.final
 class LmHeadHeader(_message.Message):
     """logits = soft_cap * tanh((hidden @ weight.T + bias) * logit_scale / soft_cap), without the cap where
-    soft_cap is 0.
+    soft_cap is 0. vocab_size rows follow; padding rows stay with the server.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -317,7 +343,7 @@ class LmHeadHeader(_message.Message):
     HAS_BIAS_FIELD_NUMBER: _builtins.int
     LOGIT_SCALE_FIELD_NUMBER: _builtins.int
     SOFT_CAP_FIELD_NUMBER: _builtins.int
-    dtype: Global___DType.ValueType
+    dtype: Global___TensorType.ValueType
     vocab_size: _builtins.int
     hidden_size: _builtins.int
     has_bias: _builtins.bool
@@ -326,7 +352,7 @@ class LmHeadHeader(_message.Message):
     def __init__(
         self,
         *,
-        dtype: Global___DType.ValueType = ...,
+        dtype: Global___TensorType.ValueType = ...,
         vocab_size: _builtins.int = ...,
         hidden_size: _builtins.int = ...,
         has_bias: _builtins.bool = ...,
