@@ -20,12 +20,18 @@ CORPUS = (
 
 
 def make_tiny_model(
-    directory: Path, *, seed: int = 0, hidden_size: int = 32, layers: int = 2, vocab_size: int = 320, padded_rows: int = 0
+    directory: Path,
+    *,
+    seed: int = 0,
+    hidden_size: int = 32,
+    layers: int = 2,
+    vocab_size: int = 320,
+    padded_rows: int = 0,
 ) -> Path:
     """A Llama of random weights (float32, untied head) with a byte-level BPE tokenizer, saved to ``directory``.
 
-    ``vocab_size`` bounds the tokenizer; ``padded_rows`` adds rows to embedding and head beyond it, as large models have.
-    Returns ``directory``.
+    ``vocab_size`` bounds the tokenizer; ``padded_rows`` adds rows to embedding and head beyond it, as large
+    models have. Returns ``directory``.
     """
     tokenizer = _train_tokenizer(vocab_size)
     tokenizer.save_pretrained(directory)
