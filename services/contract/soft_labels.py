@@ -33,7 +33,7 @@ class ExactLabels:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TopKLabels:
-    """The likeliest tokens with the exact mass of the rest, which stays one ghost bucket and is never renormalised away.
+    """The likeliest tokens with the exact mass of the rest, which stays one ghost bucket, never renormalised away.
 
     ``ids_NK`` int32, likeliest first; ``logprobs_NK`` float16 natural logarithms under the full softmax;
     ``tail_mass_N`` float32, the probability of all other tokens together.
@@ -58,7 +58,7 @@ SoftLabels = ExactLabels | TopKLabels | FullLabels
 class ScoredSequence:
     """A teacher's answer for one sequence.
 
-    ``token_logprobs_N`` float32: the log-probability, at temperature 1, of the token that stands at each label position.
+    ``token_logprobs_N`` float32: the log-probability, at temperature 1, of the token at each label position.
     ``sequence_hash``: see ``hash_sequence``.
     """
 
@@ -90,7 +90,7 @@ def encode_labels(scored: ScoredSequence) -> pb.ScoreSequencesResponse:
 def decode_labels(message: pb.ScoreSequencesResponse) -> ScoredSequence:
     """One scored sequence from its wire form.
 
-    Raises LabelMismatchError when a tensor is damaged, the arrays disagree about N, or a value that must be finite is not.
+    Raises LabelMismatchError when a tensor is damaged, the arrays disagree about N, or a value is not finite.
     """
     encoding = message.WhichOneof("labels")
     labels: SoftLabels
@@ -125,7 +125,7 @@ def decode_labels(message: pb.ScoreSequencesResponse) -> ScoredSequence:
         if wrong.any():
             raise LabelMismatchError(
                 f"the labels of sequence {message.id!r} hold values that are not finite",
-                fix="Check the teacher's weights and precision: float16 overflows in some models; serve it in bfloat16.",
+                fix="Check the teacher's weights and precision: float16 overflows in some models, bfloat16 does not.",
             )
     return ScoredSequence(
         id=message.id, sequence_hash=message.sequence_hash, token_logprobs_N=token_logprobs_N, labels=labels

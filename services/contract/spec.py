@@ -105,6 +105,8 @@ class DistillationSpec(Spec):
 
 
 def _each_once(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not values:
+        raise ValueError("an empty axis makes no runs; list at least one value")
     repeated = sorted({value for value in values if values.count(value) > 1})
     if repeated:
         raise ValueError(f"lists {', '.join(map(str, repeated))} more than once; list each value once")
@@ -117,25 +119,21 @@ def _as_tuple(value: Any) -> Any:
 
 Alphas = Annotated[
     tuple[Annotated[float, Field(ge=0)], ...],
-    Field(min_length=1),
     BeforeValidator(_as_tuple),
     AfterValidator(_each_once),
 ]
 LearningRates = Annotated[
     tuple[Annotated[float, Field(gt=0)], ...],
-    Field(min_length=1),
     BeforeValidator(_as_tuple),
     AfterValidator(_each_once),
 ]
 Counts = Annotated[
     tuple[Annotated[int, Field(ge=1)], ...],
-    Field(min_length=1),
     BeforeValidator(_as_tuple),
     AfterValidator(_each_once),
 ]
 Seeds = Annotated[
     tuple[Annotated[int, Field(ge=0, lt=2**32)], ...],
-    Field(min_length=1),
     BeforeValidator(_as_tuple),
     AfterValidator(_each_once),
 ]
@@ -191,7 +189,8 @@ class EvaluationSpec(Spec):
 
     @model_validator(mode="after")
     def _benchmarks_once(self) -> "EvaluationSpec":
-        _each_once(tuple(benchmark.name for benchmark in self.benchmarks))
+        if self.benchmarks:
+            _each_once(tuple(benchmark.name for benchmark in self.benchmarks))
         return self
 
 
@@ -348,7 +347,7 @@ def load_run(path: Path) -> RunSpec:
 def read_yaml(text: str, *, source: str) -> object:
     """The plain data of a YAML text; SpecError names ``source`` and the line that does not parse."""
     try:
-        return yaml.load(text, Loader=_Yaml)
+        return yaml.load(text, Loader=_Yaml)  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, ValueError) as error:
         raise SpecError(f"{source} is not YAML: {error}", fix="Mend the line named above.") from None
 

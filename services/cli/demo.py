@@ -1,0 +1,61 @@
+"""The whole platform in about ten minutes: SFT against KD on shipped data, from an empty directory to the dashboard."""
+
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import TaskID
+
+from services.cli import sweep_views
+from services.cli.shipped import shipped_sweep
+from services.cli.supervisor import Supervisor
+from services.cli.up import dashboard_url, running_platform, serve_until_stopped
+from services.contract.api_client import ApiClient
+from services.contract.settings import Settings
+from services.contract.spec import load_sweep
+from services.contract.states import State
+
+console = Console()
+
+
+def run_demo(settings: Settings, *, sweep_file: Path | None, leave: bool) -> int:
+    """Run a sweep on a platform started for it; 0 only if every run succeeded.
+
+    With ``leave`` everything stops after the table, else the platform serves until Ctrl-C.
+    """
+    started = time.monotonic()
+    file = sweep_file or shipped_sweep("demo.yaml")
+    spec = load_sweep(file)
+    model = spec.teacher.model if spec.teacher else spec.student.model
+    status = 1
+    with running_platform(settings, model=model, engine="auto", workers=1) as supervisor:
+        with sweep_views.client_of(settings) as api:
+            sweep = api.submit_sweep(sweep_views.with_absolute_paths(spec, file))
+            console.print(
+                f"\nsweep {sweep.id}: {len(spec.grid.alpha)} methods, watch it at {_page(settings, sweep.id)}\n"
+            )
+            _follow(api, sweep.id, supervisor)
+            runs = api.all_runs(sweep.id)
+            status = 0 if all(run.state == State.SUCCEEDED for run in runs) else 1
+            console.print(sweep_views.summary_table(api.summary(sweep.id)))
+            for run in runs:
+                if run.problem:
+                    console.print(f"[red]{run.method}[/]: {run.problem.what}\n  {run.problem.fix}")
+        console.print(f"\n{(time.monotonic() - started) / 60:.1f} minutes. Case studies: {_page(settings, sweep.id)}")
+        if not leave:
+            console.print("Serving until Ctrl-C.")
+            serve_until_stopped(supervisor)
+    return status
+
+
+def _follow(api: ApiClient, sweep_id: str, supervisor: Supervisor) -> None:
+    with sweep_views.progress_bars() as bars:
+        tasks: dict[str, TaskID] = {}
+        while not sweep_views.show_progress(bars, tasks, api.all_runs(sweep_id)):
+            for name in supervisor.restart_ended():
+                console.print(f"{name} ended and was started again")
+            time.sleep(1)
+
+
+def _page(settings: Settings, sweep_id: str) -> str:
+    return f"{dashboard_url(settings)}/case_studies?sweep={sweep_id}"

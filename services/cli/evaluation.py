@@ -1,0 +1,47 @@
+"""``smoothkd evaluate``."""
+
+from pathlib import Path
+
+from services.contract.settings import Settings
+from services.contract.spec import EvaluationSpec, parse_evaluation
+
+
+def evaluate_model(
+    model: str,
+    *,
+    benchmarks: str,
+    out: Path,
+    limit: int | None,
+    max_new_tokens: int,
+    batch_size: int,
+    settings: Settings,
+) -> None:
+    """Check what was asked for before anything is loaded, then measure and print the scores."""
+    spec = parse_evaluation(
+        {
+            "benchmarks": [_benchmark(text) for text in benchmarks.split(",") if text.strip()],
+            "limit": limit,
+            "max_new_tokens": max_new_tokens,
+            "batch_size": batch_size,
+        }
+    )
+    _run(model, spec, out, settings)
+
+
+def _benchmark(text: str) -> dict[str, str]:
+    name, _, path = text.strip().partition("=")
+    return {"name": name, "path": path} if path else {"name": name}
+
+
+def _run(model: str, spec: EvaluationSpec, out: Path, settings: Settings) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from services.evaluation.evaluate import evaluate_to_directory
+
+    scores = evaluate_to_directory(model, spec, out, settings)
+    table = Table("benchmark", "metric", "value", "items", box=None, pad_edge=False)
+    for score in scores:
+        value = f"{score.value:.2f}" if score.value is not None else f"– ({score.missing})"
+        table.add_row(score.benchmark, score.metric, value, str(score.items))
+    Console().print(table)

@@ -1,0 +1,203 @@
+"""The ``smoothkd`` command. Every command imports what it needs when it runs, so that --help answers at once."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from services.cli import sweep_commands
+from services.contract.errors import SmoothKDError
+
+app = typer.Typer(
+    name="smoothkd",
+    help="Distil language models with a teacher's soft labels so that they hallucinate less, and show that they do.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.add_typer(sweep_commands.app, name="sweep")
+
+ONE_MACHINE = "One machine"
+PARTS = "The platform's parts, one process each"
+FILES = "One model, without queue, store or API"
+
+TeacherModel = Annotated[str, typer.Option("--model", help="Directory or hub id of the teacher.")]
+Engine = Annotated[str, typer.Option(help="What computes: auto, transformers, mock.")]
+DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def main() -> None:
+    """Run the command line; an error of the platform's own prints what happened and what to do."""
+    try:
+        app()
+    except SmoothKDError as error:
+        _report(error)
+        sys.exit(error.exit_code)
+
+
+@app.command(rich_help_panel=ONE_MACHINE)
+def up(
+    *,
+    model: TeacherModel = DEMO_MODEL,
+    engine: Engine = "auto",
+    workers: Annotated[int, typer.Option(min=1, help="Queue workers; one per GPU.")] = 1,
+) -> None:
+    """Start everything here: queue, teacher, API, workers, dashboard. Ctrl-C ends all."""
+    from services.cli.up import run_up
+    from services.contract.settings import Settings
+
+    run_up(Settings(), model=model, engine=engine, workers=workers)
+
+
+@app.command(rich_help_panel=ONE_MACHINE)
+def demo(
+    *,
+    sweep: Annotated[Path | None, typer.Option(help="Another sweep file than the shipped demo.")] = None,
+    leave: Annotated[
+        bool, typer.Option("--exit", help="Stop after the table; fail unless every run succeeded.")
+    ] = False,
+) -> None:
+    """Train and compare SFT and KD students on shipped data, then show them in the dashboard."""
+    from services.cli.demo import run_demo
+    from services.contract.settings import Settings
+
+    raise typer.Exit(run_demo(Settings(), sweep_file=sweep, leave=leave))
+
+
+@app.command(rich_help_panel=ONE_MACHINE)
+def doctor() -> None:
+    """Show what is installed, reachable and free."""
+    from services.cli.doctor import run_doctor
+    from services.contract.settings import Settings
+
+    raise typer.Exit(run_doctor(Settings()))
+
+
+@app.command(rich_help_panel=PARTS)
+def api() -> None:
+    """Serve the REST API and keep the queue true to the store."""
+    from services.api.app import serve
+    from services.contract.settings import Settings
+
+    serve(Settings())
+
+
+@app.command(rich_help_panel=PARTS)
+def teacher(
+    *,
+    model: TeacherModel,
+    revision: Annotated[str | None, typer.Option(help="Revision on the hub.")] = None,
+    engine: Engine = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    max_length: Annotated[int | None, typer.Option(min=2, help="Longest sequence in tokens.")] = None,
+) -> None:
+    """Serve a teacher's soft labels over gRPC."""
+    from services.contract.settings import Settings
+    from teacher_server.server import TeacherOptions, serve
+
+    serve(
+        Settings(),
+        TeacherOptions(
+            model=model, revision=revision, engine=engine, dtype=dtype, device=device, max_length=max_length
+        ),
+    )
+
+
+@app.command(rich_help_panel=PARTS)
+def worker() -> None:
+    """Take stages from the queue and run each in a process of its own."""
+    from services.contract.settings import Settings
+    from student_trainer.worker import run_worker
+
+    run_worker(Settings())
+
+
+@app.command(rich_help_panel=PARTS)
+def dashboard() -> None:
+    """Serve the dashboard."""
+    from dashboard.serve import command
+    from services.contract.settings import Settings
+
+    argv = command(Settings())
+    os.execvp(argv[0], argv)
+
+
+@app.command(rich_help_panel=PARTS)
+def health(service: Annotated[str, typer.Argument(help="queue, teacher, api, worker or dashboard.")]) -> None:
+    """Exit 0 if a part answers as it should; for container health checks."""
+    from services.cli.health import require_healthy
+    from services.contract.settings import Settings
+
+    require_healthy(service, Settings())
+
+
+@app.command(rich_help_panel=FILES)
+def fetch(model: Annotated[str, typer.Argument(help="Directory, hub id, or an embedded model's name.")]) -> None:
+    """Bring a model to this machine and print where it lies."""
+    from services.contract.settings import Settings
+    from services.models.resolve import resolve_model
+
+    typer.echo(resolve_model(model, settings=Settings()))
+
+
+@app.command(rich_help_panel=FILES)
+def train(
+    run: Annotated[Path, typer.Argument(help="YAML file of one run (RunSpec).")],
+    *,
+    out: Annotated[Path, typer.Option(help="Directory for checkpoints and the model.")],
+) -> None:
+    """Train one student. With alpha above 0 a teacher must be serving."""
+    from services.contract.settings import Settings
+    from services.contract.spec import load_run
+
+    spec = load_run(run)
+    from student_trainer.train import train as train_student
+
+    typer.echo(train_student(spec, out=out, settings=Settings()))
+
+
+@app.command(rich_help_panel=FILES)
+def evaluate(
+    *,
+    model: Annotated[str, typer.Option(help="Directory or hub id.")],
+    benchmarks: Annotated[str, typer.Option(help="Names, separated by commas.")],
+    out: Annotated[Path, typer.Option(help="Directory for generations.jsonl and scores.json.")],
+    limit: Annotated[int | None, typer.Option(min=1, help="First items of each benchmark only.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+) -> None:
+    """Measure any causal language model, trained here or not. NAME=FILE reads a benchmark from a local file."""
+    from services.cli.evaluation import evaluate_model
+    from services.contract.settings import Settings
+
+    evaluate_model(
+        model,
+        benchmarks=benchmarks,
+        out=out,
+        limit=limit,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        settings=Settings(),
+    )
+
+
+@app.command(hidden=True)
+def stage(stage_id: str, *, attempt: Annotated[int, typer.Option(min=1)]) -> None:
+    """Run one stage that a worker has begun."""
+    from services.cli.stage import run_stage
+    from services.contract.settings import Settings
+
+    run_stage(stage_id, attempt_number=attempt, settings=Settings())
+
+
+def _report(error: SmoothKDError) -> None:
+    typer.secho(f"error: {error.what}", fg="red", err=True)
+    if error.fix:
+        typer.echo(f"  {error.fix}", err=True)
+
+
+if __name__ == "__main__":
+    main()

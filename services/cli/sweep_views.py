@@ -1,0 +1,151 @@
+"""What the terminal shows of sweeps: lists, progress and the summary table."""
+
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from services.contract.api_client import ApiClient
+from services.contract.records import RunRecord, Summary, SummaryCell
+from services.contract.settings import Settings
+from services.contract.spec import SweepSpec
+from services.contract.states import ENDED, State
+
+console = Console()
+STATE_STYLE = {
+    State.QUEUED: "dim",
+    State.RUNNING: "cyan",
+    State.SUCCEEDED: "green",
+    State.FAILED: "red",
+    State.CANCELLED: "yellow",
+    State.SKIPPED: "yellow",
+}
+METRIC_TITLES = {"rouge_l": "ROUGE-L", "support": "support %", "acc_norm": "acc_norm"}
+
+
+def client() -> ApiClient:
+    """A client of the API that the environment names."""
+    settings = Settings()
+    return client_of(settings)
+
+
+def client_of(settings: Settings) -> ApiClient:
+    return ApiClient(settings.resolved_api_url, settings.api_key)
+
+
+def with_absolute_paths(spec: SweepSpec, file: Path) -> SweepSpec:
+    """The sweep with paths that exist beside its file, or from here, made absolute; the API may run elsewhere."""
+
+    def absolute(name: str) -> str:
+        for base in (file.parent, Path()):
+            candidate = base / name
+            if candidate.exists():
+                return str(candidate.absolute())
+        return name
+
+    data = spec.model_dump()
+    data["dataset"]["path"] = absolute(spec.dataset.path)
+    for benchmark in data["evaluation"]["benchmarks"]:
+        if benchmark["path"]:
+            benchmark["path"] = absolute(benchmark["path"])
+    for role in ("student", "teacher"):
+        if data[role]:
+            data[role]["model"] = absolute(data[role]["model"])
+    return SweepSpec.model_validate(data)
+
+
+def show_sweeps(api: ApiClient) -> None:
+    """One line per sweep, newest first."""
+    table = Table("sweep", "name", "state", "runs", "created", box=None, pad_edge=False)
+    page = api.sweeps()
+    for sweep in page.items:
+        runs = ", ".join(f"{count} {state}" for state, count in sweep.runs.items() if count)
+        table.add_row(sweep.id, sweep.name, _styled(sweep.state), runs, f"{sweep.created_at:%Y-%m-%d %H:%M}")
+    console.print(table if page.items else "No sweeps yet. Submit one: smoothkd sweep submit sweeps/demo.yaml")
+
+
+def show_sweep(api: ApiClient, sweep_id: str) -> None:
+    """A sweep's runs, and its summary so far."""
+    table = Table("run", "method", "lr", "batch", "seed", "state", "", box=None, pad_edge=False)
+    for run in api.all_runs(sweep_id):
+        trouble = f"{run.problem.what} {run.problem.fix}" if run.problem else f"{run.progress:.0%}"
+        spec = run.spec
+        table.add_row(
+            *(run.id, run.method, f"{spec.learning_rate:g}", str(spec.batch_size), str(spec.seed)),
+            *(_styled(run.state), trouble),
+        )
+    console.print(table)
+    console.print(summary_table(api.summary(sweep_id)))
+
+
+def watch(api: ApiClient, sweep_id: str) -> int:
+    """Progress bars until the sweep has ended, then its summary; 0 only if every run succeeded."""
+    with progress_bars() as bars:
+        tasks: dict[str, TaskID] = {}
+        while not show_progress(bars, tasks, api.all_runs(sweep_id)):
+            time.sleep(2)
+    runs = api.all_runs(sweep_id)
+    console.print(summary_table(api.summary(sweep_id)))
+    for run in runs:
+        if run.problem:
+            console.print(f"[red]{run.method}[/] ({run.id}): {run.problem.what}\n  {run.problem.fix}")
+    return 0 if all(run.state == State.SUCCEEDED for run in runs) else 1
+
+
+def progress_bars() -> Progress:
+    """Bars for ``show_progress``; in a terminal they move, in a log file the last state is printed."""
+    return Progress(
+        TextColumn("{task.description:<16}"),
+        BarColumn(bar_width=32),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TextColumn("{task.fields[doing]:<24}"),
+        TimeElapsedColumn(),
+        console=console,
+    )
+
+
+def show_progress(bars: Progress, tasks: dict[str, TaskID], runs: list[RunRecord]) -> bool:
+    """Bring the bars up to date; whether every run has ended."""
+    for run in runs:
+        running = [stage.kind.value for stage in run.stages if stage.state == State.RUNNING]
+        doing = ", ".join(running) if running else run.state.value
+        if run.id not in tasks:
+            tasks[run.id] = bars.add_task(run.method, total=1.0, doing=doing, start=run.state != State.QUEUED)
+        task = next(task for task in bars.tasks if task.id == tasks[run.id])
+        if run.state != State.QUEUED and not task.started:
+            bars.start_task(task.id)
+        if run.state in ENDED:
+            bars.stop_task(task.id)
+        bars.update(task.id, completed=run.progress, doing=doing)
+        if not console.is_terminal and doing != task.fields.get("printed"):
+            console.print(f"{run.method}: {doing}")
+            bars.update(task.id, printed=doing)
+    return bool(runs) and all(run.state in ENDED for run in runs)
+
+
+def summary_table(summary: Summary) -> Table:
+    """Mean±std over learning rate x batch size x seed per method; the best of each column is bold."""
+    columns = list(dict.fromkeys((cell.benchmark, cell.metric) for row in summary.rows for cell in row.cells))
+    table = Table("method", "runs", title="SFT against KD", title_justify="left")
+    for benchmark, metric in columns:
+        table.add_column(f"{benchmark}\n{METRIC_TITLES.get(metric, metric)}", justify="right")
+    for row in summary.rows:
+        cells = {(cell.benchmark, cell.metric): cell for cell in row.cells}
+        shown = [_cell_text(cells.get(column)) for column in columns]
+        table.add_row(row.method, f"{row.ended}/{row.runs}", *shown)
+    return table
+
+
+def _cell_text(cell: SummaryCell | None) -> str:
+    if cell is None:
+        return "–"
+    if cell.mean is None:
+        return f"– ({cell.missing})" if cell.missing else "–"
+    text = f"{cell.mean:.2f}" if cell.std is None else f"{cell.mean:.2f}±{cell.std:.2f}"
+    return f"[bold green]{text}[/]" if cell.best else text
+
+
+def _styled(state: State) -> str:
+    return f"[{STATE_STYLE[state]}]{state.value}[/]"
