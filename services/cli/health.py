@@ -27,7 +27,7 @@ def queue_problem(settings: Settings) -> str | None:
     from services.store.queue import Queue
 
     try:
-        Queue(settings.redis_url, retry_seconds=0).ping()
+        Queue(settings.resolved_redis_url, retry_seconds=0).ping()
     except SmoothKDError as error:
         return error.what
     return None
@@ -64,7 +64,7 @@ def worker_problem(settings: Settings) -> str | None:
 
     host = socket.gethostname()
     try:
-        if host in Queue(settings.redis_url, retry_seconds=0).worker_hosts():
+        if host in Queue(settings.resolved_redis_url, retry_seconds=0).worker_hosts():
             return None
     except SmoothKDError as error:
         return error.what

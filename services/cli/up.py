@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from urllib.parse import urlsplit
 
 from rich.console import Console
 
@@ -76,7 +75,7 @@ def platform_services(settings: Settings, *, model: str, engine: str, workers: i
     A Redis that SMOOTHKD_REDIS_URL names is used as it is; otherwise an embedded Valkey is the first service.
     """
     services = []
-    if "redis_url" not in settings.model_fields_set:
+    if not settings.redis_url:
         services.append(_embedded_queue(settings))
     services += [
         Service(
@@ -109,29 +108,24 @@ def platform_services(settings: Settings, *, model: str, engine: str, workers: i
 
 
 def _embedded_queue(settings: Settings) -> Service:
-    port = urlsplit(settings.redis_url).port or 6379
     directory = settings.data_dir.absolute() / "valkey"
     directory.mkdir(parents=True, exist_ok=True)
     return Service(
         name="queue",
         argv=[
             str(valkey_binary()),
-            *("--bind", "127.0.0.1", "--port", str(port), "--dir", str(directory)),
+            *("--bind", "127.0.0.1", "--port", str(settings.queue_port), "--dir", str(directory)),
             *("--appendonly", "yes", "--save", ""),
         ],
         problem=lambda: health.queue_problem(settings),
-        port=port,
-        port_setting="SMOOTHKD_REDIS_URL",
+        port=settings.queue_port,
+        port_setting="SMOOTHKD_QUEUE_PORT",
     )
 
 
 def _child_environment(settings: Settings) -> dict[str, str]:
-    """Children work on the same files wherever they start from, and find the same queue."""
-    return {
-        "SMOOTHKD_DATA_DIR": str(settings.data_dir.absolute()),
-        "SMOOTHKD_REDIS_URL": settings.redis_url,
-        "PYTHONUNBUFFERED": "1",
-    }
+    """Children work on the same files wherever they start from."""
+    return {"SMOOTHKD_DATA_DIR": str(settings.data_dir.absolute()), "PYTHONUNBUFFERED": "1"}
 
 
 def _smoothkd(*arguments: str) -> list[str]:

@@ -16,7 +16,10 @@ class Settings(BaseSettings):
     database_url: str = Field(
         default="", description="SQLAlchemy URL; empty means SQLite in data_dir. postgresql+psycopg://user@host/db"
     )
-    redis_url: str = Field(default="redis://127.0.0.1:6399/0", description="Redis or Valkey that wakes the workers.")
+    redis_url: str = Field(
+        default="", description="Redis or Valkey that wakes the workers; empty means the embedded one on queue_port."
+    )
+    queue_port: int = Field(default=8443, description="Loopback port of the embedded Valkey.")
 
     api_host: str = "127.0.0.1"
     api_port: int = 8440
@@ -39,6 +42,10 @@ class Settings(BaseSettings):
     @property
     def resolved_database_url(self) -> str:
         return self.database_url or f"sqlite:///{self.data_dir.absolute() / 'smoothkd.db'}"
+
+    @property
+    def resolved_redis_url(self) -> str:
+        return self.redis_url or f"redis://127.0.0.1:{self.queue_port}/0"
 
     @property
     def resolved_api_url(self) -> str:
