@@ -9,8 +9,10 @@ import hashlib
 import itertools
 import json
 import re
+import reprlib
 import types
 import typing
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -107,7 +109,7 @@ class DistillationSpec(Spec):
 def _each_once(values: tuple[Any, ...]) -> tuple[Any, ...]:
     if not values:
         raise ValueError("an empty axis makes no runs; list at least one value")
-    repeated = sorted({value for value in values if values.count(value) > 1})
+    repeated = sorted(value for value, count in Counter(values).items() if count > 1)
     if repeated:
         raise ValueError(f"lists {', '.join(map(str, repeated))} more than once; list each value once")
     return values
@@ -348,7 +350,7 @@ def read_yaml(text: str, *, source: str) -> object:
     """The plain data of a YAML text; SpecError names ``source`` and the line that does not parse."""
     try:
         return yaml.load(text, Loader=_Yaml)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise SpecError(f"{source} is not YAML: {error}", fix="Mend the line named above.") from None
 
 
@@ -369,6 +371,8 @@ def describe_errors(error: ValidationError, spec: type[BaseModel]) -> list[str]:
     return lines
 
 
+MAX_MISTAKES = 20
+"""As many as one message names."""
 SpecT = typing.TypeVar("SpecT", bound=BaseModel)
 
 
@@ -382,6 +386,8 @@ def _parse(spec: type[SpecT], data: object) -> SpecT:
         return spec.model_validate(data)
     except ValidationError as error:
         lines = describe_errors(error, spec)
+        if len(lines) > MAX_MISTAKES:
+            lines = [*lines[:MAX_MISTAKES], f"and {len(lines) - MAX_MISTAKES} more mistakes"]
         raise SpecError(
             "; ".join(lines),
             fix="Correct these fields and send the specification again; sweeps/ holds complete examples.",
@@ -404,6 +410,8 @@ class _Yaml(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, typing.Hashable):
+                raise yaml.constructor.ConstructorError(None, None, "this is no name of a field", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} stands here twice", key_node.start_mark
@@ -450,7 +458,10 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
 
 
 def _shorten(value: object) -> str:
-    text = repr(value)
+    # Bounded before it is built: YAML's aliases let a short text stand for an endless value.
+    bounded = reprlib.Repr()
+    bounded.maxlevel, bounded.maxstring, bounded.maxlong = 3, 100, 100
+    text = bounded.repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
