@@ -1,0 +1,46 @@
+"""What routes work with, as parameters."""
+
+from typing import Annotated
+
+from fastapi import Depends, Query, Request
+
+from services.api.evidence import Ranking
+from services.api.preflight import TeacherProbe
+from services.contract.settings import Settings
+from services.store.pages import MAX_LIMIT
+from services.store.queue import Queue
+from services.store.store import Store
+
+
+def _settings(request: Request) -> Settings:
+    settings: Settings = request.app.state.settings
+    return settings
+
+
+def _store(request: Request) -> Store:
+    store: Store = request.app.state.store
+    return store
+
+
+def _queue(request: Request) -> Queue:
+    queue: Queue = request.app.state.queue
+    return queue
+
+
+def _probe(request: Request) -> TeacherProbe:
+    probe: TeacherProbe = request.app.state.probe
+    return probe
+
+
+def _ranking(request: Request) -> Ranking:
+    ranking: Ranking = request.app.state.ranking
+    return ranking
+
+
+SettingsHere = Annotated[Settings, Depends(_settings)]
+StoreHere = Annotated[Store, Depends(_store)]
+QueueHere = Annotated[Queue, Depends(_queue)]
+ProbeHere = Annotated[TeacherProbe, Depends(_probe)]
+RankingHere = Annotated[Ranking, Depends(_ranking)]
+Limit = Annotated[int, Query(ge=1, le=MAX_LIMIT, description="Most items on a page.")]
+Cursor = Annotated[str | None, Query(max_length=500, description="next_cursor of the page before.")]

@@ -1,0 +1,51 @@
+"""What results are computed from, out of the store."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
+
+from services.api.summary import RankedItem, rank_items
+from services.contract.records import Generation, RunRecord, Score
+from services.contract.states import StageKind
+from services.store.pages import MAX_LIMIT
+from services.store.store import Store
+
+Ranking = Callable[[tuple[str, ...], str | None], list[RankedItem]]
+"""Run ids (from ``compared_runs``) and a benchmark, or None for all of them, to ranked items."""
+
+
+def read_runs(store: Store, sweep_id: str) -> list[RunRecord]:
+    """All runs of a sweep, in grid order."""
+    page = store.runs(sweep_id, limit=MAX_LIMIT)
+    runs = list(page.items)
+    while page.next_cursor is not None:
+        page = store.runs(sweep_id, limit=MAX_LIMIT, cursor=page.next_cursor)
+        runs += page.items
+    return runs
+
+
+def read_scores(store: Store, runs: Sequence[RunRecord]) -> dict[str, list[Score]]:
+    """The scores of every run whose evaluation has begun, by run id."""
+    begun = [run.id for run in runs if any(stage.kind == StageKind.EVALUATE and stage.attempt for stage in run.stages)]
+    return {run_id: store.scores(run_id) for run_id in begun}
+
+
+def read_generations(store: Store, run_id: str, *, benchmark: str | None = None) -> Iterator[Generation]:
+    """A run's answers, a page in memory at a time."""
+    cursor = None
+    while True:
+        page = store.generations(run_id, benchmark=benchmark, limit=MAX_LIMIT, cursor=cursor)
+        yield from page.items
+        cursor = page.next_cursor
+        if cursor is None:
+            return
+
+
+def make_ranking(store: Store) -> Ranking:
+    """Ranks items, and remembers the last few rankings: the answers of a run that was evaluated never change."""
+
+    @lru_cache(maxsize=8)
+    def rank(run_ids: tuple[str, ...], benchmark: str | None) -> list[RankedItem]:
+        runs = [store.run(run_id) for run_id in run_ids]
+        return rank_items(runs, partial(read_generations, store, benchmark=benchmark))
+
+    return rank

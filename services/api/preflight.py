@@ -1,0 +1,164 @@
+"""What can be known about a sweep before anything runs, so that no mistake waits for hours behind a training."""
+
+import math
+from pathlib import Path
+from typing import Protocol
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from services.contract.errors import (
+    DatasetError,
+    HandshakeError,
+    LimitExceededError,
+    ModelNotFoundError,
+    TeacherUnavailableError,
+    UnsupportedError,
+)
+from services.contract.settings import Settings
+from services.contract.spec import SUMMARISATION, BenchmarkSpec, SweepSpec, TeacherSpec
+from services.contract.teacher.v1 import teacher_service_pb2 as wire
+from services.contract.teacher.v1 import teacher_service_pb2_grpc as wire_grpc
+from services.datasets.reading import check_dataset, load_items
+
+MAX_RUNS = 10_000
+PROBE_SECONDS = 3.0
+ENCODINGS = {"exact": wire.ENCODING_EXACT, "top_k": wire.ENCODING_TOP_K, "full": wire.ENCODING_FULL}
+
+
+class TeacherProbe(Protocol):
+    """Asks the teacher at a gRPC address who it is; see ``probe_teacher``."""
+
+    def __call__(self, address: str, *, model: str) -> wire.GetTeacherResponse: ...
+
+
+def probe_teacher(address: str, *, model: str) -> wire.GetTeacherResponse:
+    """What the teacher says about ``model``, or about the model it serves instead.
+
+    TeacherUnavailableError when nothing answers at ``address``, or what answers is not ready.
+    """
+    with grpc.insecure_channel(address) as channel:
+        try:
+            health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=PROBE_SECONDS)
+            if health.status != health_pb2.HealthCheckResponse.SERVING:
+                raise TeacherUnavailableError(
+                    f"the teacher at {address} is still starting, or stopping",
+                    fix="Wait until it serves, then send the sweep again.",
+                )
+            teacher = wire_grpc.TeacherServiceStub(channel)
+            try:
+                return teacher.GetTeacher(wire.GetTeacherRequest(model=model), timeout=PROBE_SECONDS)
+            except grpc.RpcError as error:
+                if error.code() == grpc.StatusCode.UNAVAILABLE:
+                    raise
+                return teacher.GetTeacher(wire.GetTeacherRequest(), timeout=PROBE_SECONDS)
+        except grpc.RpcError as error:
+            raise TeacherUnavailableError(
+                f"no teacher answers at {address} ({error.code().name}: {error.details()})",
+                fix=f"Start it with `smoothkd teacher --model {model}`, or set SMOOTHKD_TEACHER_ADDRESS.",
+                details={"address": address},
+            ) from None
+
+
+def check_sweep(spec: SweepSpec, *, settings: Settings, probe: TeacherProbe = probe_teacher) -> None:
+    """Raises the first thing that would make the sweep fail, cheapest checks first; stores nothing.
+
+    The size of the grid, the release's abilities, local model directories, the data set and its columns,
+    benchmark files, and the teacher where the sweep needs one.
+    """
+    _check_size(spec)
+    if spec.teacher is not None and spec.teacher.finetune is not None:
+        raise UnsupportedError(
+            "teacher.finetune: this release does not fine-tune the teacher within a sweep",
+            fix="Fine-tune it first with `smoothkd train`, then name the directory as teacher.model.",
+        )
+    _check_model(spec.student.model, field="student.model")
+    check_dataset(spec.dataset, offline=settings.offline)
+    for benchmark in spec.evaluation.benchmarks:
+        _check_benchmark(benchmark, limit=spec.evaluation.limit)
+    decodes = spec.distillation.level != "word"
+    if spec.teacher is not None and (decodes or max(spec.grid.alpha) > 0):
+        address = settings.resolved_teacher_address
+        _check_teacher(spec, spec.teacher, probe(address, model=spec.teacher.model), address=address)
+
+
+def _check_size(spec: SweepSpec) -> None:
+    grid = spec.grid
+    runs = math.prod(map(len, (grid.alpha, grid.learning_rate, grid.batch_size, grid.seed)))
+    if runs > MAX_RUNS:
+        raise LimitExceededError(
+            f"grid: {runs} runs are more than the {MAX_RUNS} that one sweep may hold",
+            fix="Split the grid over several sweeps.",
+        )
+
+
+def _check_model(name: str, *, field: str) -> None:
+    directory = Path(name).expanduser()
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if directory.is_dir():
+        if not (directory / "config.json").is_file():
+            raise ModelNotFoundError(
+                f"{field}: {directory} is not a model: it lacks config.json",
+                fix="Name a directory that save_pretrained wrote.",
+            )
+    elif looks_local:
+        raise ModelNotFoundError(
+            f"{field}: there is no directory {name} (looked from {Path.cwd()})",
+            fix="Correct the path, or use a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct.",
+        )
+
+
+def _check_benchmark(benchmark: BenchmarkSpec, *, limit: int | None) -> None:
+    if benchmark.path is None:
+        return
+    if not Path(benchmark.path).expanduser().is_file():
+        raise DatasetError(
+            f"evaluation.benchmarks: there is no file {benchmark.path} for {benchmark.name} (looked from {Path.cwd()})",
+            fix=f"Correct the path, or leave it out to use {benchmark.name}'s own data.",
+        )
+    if benchmark.name in SUMMARISATION:
+        load_items(benchmark, limit=limit, offline=True)
+
+
+def _check_teacher(
+    spec: SweepSpec, wanted: TeacherSpec, teacher: wire.GetTeacherResponse, *, address: str
+) -> None:
+    if not _same_model(teacher.model, wanted.model):
+        raise HandshakeError(
+            f"teacher.model: the teacher at {address} serves {teacher.model}, not {wanted.model}",
+            fix=f"Start one with `smoothkd teacher --model {wanted.model}`, or name {teacher.model} in the sweep.",
+            details={"address": address, "serves": teacher.model},
+        )
+    if wanted.revision and teacher.revision and wanted.revision != teacher.revision:
+        raise HandshakeError(
+            f"teacher.revision: the teacher at {address} serves revision {teacher.revision}, not {wanted.revision}",
+            fix="Start the teacher with that revision, or name the one it serves.",
+        )
+    labels = spec.distillation.labels
+    if max(spec.grid.alpha) > 0 and ENCODINGS[labels.encoding] not in teacher.encodings:
+        offered = [name for name, number in ENCODINGS.items() if number in teacher.encodings]
+        raise UnsupportedError(
+            f"distillation.labels.encoding: the teacher at {address} does not offer {labels.encoding}",
+            fix=f"Use one of {', '.join(offered)}.",
+        )
+    if labels.k is not None and labels.k > teacher.max_k:
+        raise LimitExceededError(
+            f"distillation.labels.k: {labels.k} is more than the {teacher.max_k} that the teacher at {address} gives",
+            fix=f"Use k: {teacher.max_k} or less.",
+        )
+    if spec.training.max_length > teacher.max_length:
+        raise LimitExceededError(
+            f"training.max_length: {spec.training.max_length} tokens are more than the {teacher.max_length} "
+            f"that the teacher at {address} takes",
+            fix=f"Use max_length: {teacher.max_length} or less.",
+        )
+    if spec.distillation.level != "word" and not teacher.generates:
+        raise UnsupportedError(
+            f"distillation.level: the teacher at {address} does not generate, which {spec.distillation.level} needs",
+            fix="Use level word, or a teacher whose engine generates.",
+        )
+
+
+def _same_model(served: str, wanted: str) -> bool:
+    directory = Path(wanted).expanduser()
+    return served == wanted or (directory.is_dir() and Path(served).expanduser().resolve() == directory.resolve())

@@ -1,0 +1,189 @@
+"""A sweep's result table and its case studies, computed from what the runs left in the store. Pure functions."""
+
+import re
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from services.contract.records import (
+    CaseOutput,
+    CaseStudy,
+    Generation,
+    RunRecord,
+    Score,
+    Summary,
+    SummaryCell,
+    SummaryRow,
+    SweepRecord,
+)
+from services.contract.states import ENDED, StageKind, State
+
+BASELINE = "SFT"
+Column = tuple[str, str]
+"""(benchmark, metric)"""
+
+
+class RankedItem(NamedTuple):
+    """A benchmark item's place among the case studies: smaller tuples come first."""
+
+    negative_difference: float
+    benchmark: str
+    item_id: str
+
+    @property
+    def difference(self) -> float:
+        return 0.0 - self.negative_difference
+
+
+def summarise(sweep: SweepRecord, runs: Sequence[RunRecord], scores: Mapping[str, Sequence[Score]]) -> Summary:
+    """The paper's table (section 5): one row per method, one cell per benchmark and metric.
+
+    ``runs`` are all runs of the sweep; ``scores`` holds those of each evaluated run, by run id. Mean and sample
+    standard deviation run over every learning rate, batch size and seed that has a value. A cell without any
+    value is None and says why. The best mean of a column is marked, ties included, once two methods have one.
+    """
+    columns = _columns(sweep, scores)
+    methods: dict[str, list[RunRecord]] = {}
+    for run in sorted(runs, key=_row_order):
+        methods.setdefault(run.method, []).append(run)
+    rows = [
+        SummaryRow(
+            method=method,
+            alpha=of_method[0].spec.alpha,
+            runs=len(of_method),
+            ended=sum(run.state in ENDED for run in of_method),
+            cells=[_cell(column, of_method, scores) for column in columns],
+        )
+        for method, of_method in methods.items()
+    ]
+    return Summary(sweep_id=sweep.id, state=sweep.state, rows=_mark_best(rows, columns))
+
+
+def compared_runs(runs: Sequence[RunRecord]) -> list[RunRecord]:
+    """One run per method for the case studies: its first in grid order whose evaluation has succeeded.
+
+    The first, not the best-scoring: in a finished sweep every method then shows the same learning rate, batch
+    size and seed, and none shows a pick of its luck. SFT comes first, then by alpha.
+    """
+    chosen: dict[str, RunRecord] = {}
+    for run in runs:
+        if any(stage.kind == StageKind.EVALUATE and stage.state == State.SUCCEEDED for stage in run.stages):
+            chosen.setdefault(run.method, run)
+    return sorted(chosen.values(), key=_row_order)
+
+
+def rank_items(runs: Sequence[RunRecord], generations: Callable[[str], Iterable[Generation]]) -> list[RankedItem]:
+    """Items that SFT and at least one distilled student answered, widest difference first.
+
+    ``runs`` come from ``compared_runs``; ``generations`` gives each one's answers by run id. They are read once
+    and not kept, so a benchmark may be larger than memory. The difference is SFT's unsupported share minus the
+    smallest of the distilled students that said anything. Equal differences stand in order of benchmark and item.
+    """
+    baseline: dict[tuple[str, str], float] = {}
+    distilled: dict[tuple[str, str], list[float]] = {}
+    for run in runs:
+        for answer in generations(run.id):
+            item = (answer.benchmark, answer.item_id)
+            if run.method == BASELINE:
+                baseline[item] = unsupported_share(answer)
+            else:
+                shares = distilled.setdefault(item, [])
+                # An empty output has nothing unsupported in it, and is no better for that.
+                shares += [unsupported_share(answer)] if answer.output.strip() else []
+    return sorted(
+        RankedItem(min(distilled[item], default=share) - share, *item)
+        for item, share in baseline.items()
+        if item in distilled
+    )
+
+
+def case_studies(
+    items: Sequence[RankedItem], runs: Sequence[RunRecord], generations: Callable[[str], Iterable[Generation]]
+) -> list[CaseStudy]:
+    """The same item answered by every method, side by side, for ranked items in their order.
+
+    ``generations`` gives at least these items' answers, by run id.
+    """
+    answers: dict[tuple[str, str], dict[str, Generation]] = {(item.benchmark, item.item_id): {} for item in items}
+    for run in runs:
+        for answer in generations(run.id):
+            if (answer.benchmark, answer.item_id) in answers:
+                answers[answer.benchmark, answer.item_id][run.id] = answer
+    return [_case_study(item, runs, answers[item.benchmark, item.item_id]) for item in items]
+
+
+def unsupported_share(generation: Generation) -> float:
+    """Share of the output's words, split at white space, that a span touches, 0 to 1; 0 for an empty output."""
+    words = list(re.finditer(r"\S+", generation.output))
+    touched = sum(
+        any(span.start < word.end() and word.start() < span.end for span in generation.spans) for word in words
+    )
+    return touched / len(words) if words else 0.0
+
+
+def _row_order(run: RunRecord) -> tuple[bool, float, str]:
+    return (run.method != BASELINE, run.spec.alpha, run.method)
+
+
+def _columns(sweep: SweepRecord, scores: Mapping[str, Sequence[Score]]) -> dict[Column, bool]:
+    """Whether higher is better, for each column in the order of the specification, then of the metrics."""
+    found = {(score.benchmark, score.metric): score.higher_is_better for of_run in scores.values() for score in of_run}
+    order: dict[str, int] = {benchmark.name: place for place, benchmark in enumerate(sweep.spec.evaluation.benchmarks)}
+    return {column: found[column] for column in sorted(found, key=lambda column: order.get(column[0], len(order)))}
+
+
+def _cell(column: Column, runs: Sequence[RunRecord], scores: Mapping[str, Sequence[Score]]) -> SummaryCell:
+    benchmark, metric = column
+    of_method = [score for run in runs for score in scores.get(run.id, ()) if (score.benchmark, score.metric) == column]
+    values = [score.value for score in of_method if score.value is not None]
+    reasons = dict.fromkeys(score.missing or "no reason given" for score in of_method if score.value is None)
+    return SummaryCell(
+        benchmark=benchmark,
+        metric=metric,
+        mean=statistics.fmean(values) if values else None,
+        std=statistics.stdev(values) if len(values) > 1 else None,
+        runs=len(values),
+        missing=None if values else "; ".join(reasons) or "no run of this method has been evaluated",
+    )
+
+
+def _mark_best(rows: list[SummaryRow], columns: Mapping[Column, bool]) -> list[SummaryRow]:
+    best: list[float | None] = []
+    for place, higher_is_better in enumerate(columns.values()):
+        means = [mean for row in rows if (mean := row.cells[place].mean) is not None]
+        pick = max if higher_is_better else min
+        best.append(pick(means) if len(means) > 1 else None)
+    return [
+        row.model_copy(
+            update={
+                "cells": [
+                    cell.model_copy(update={"best": cell.mean is not None and cell.mean == wanted})
+                    for cell, wanted in zip(row.cells, best, strict=True)
+                ]
+            }
+        )
+        for row in rows
+    ]
+
+
+def _case_study(item: RankedItem, runs: Sequence[RunRecord], answers: Mapping[str, Generation]) -> CaseStudy:
+    outputs = [
+        CaseOutput(
+            run_id=run.id,
+            method=run.method,
+            output=answers[run.id].output,
+            scores=answers[run.id].scores,
+            spans=answers[run.id].spans,
+        )
+        for run in runs
+        if run.id in answers
+    ]
+    first = answers[outputs[0].run_id]
+    return CaseStudy(
+        benchmark=item.benchmark,
+        item_id=item.item_id,
+        source=first.source,
+        reference=first.reference,
+        outputs=outputs,
+        difference=item.difference,
+    )
