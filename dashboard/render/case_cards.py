@@ -1,0 +1,73 @@
+"""One case study as HTML: the article, the reference, and the outputs of SFT and KD students side by side."""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+
+from dashboard.render.spans import count_outside, marked_html
+from dashboard.render.words import METRIC_MEANINGS, metric_title
+from services.contract.records import CaseOutput, CaseStudy
+
+
+def article_html(study: CaseStudy) -> str:
+    """The source, in a box that scrolls by itself, and the reference summary above it."""
+    words = len(study.source.split())
+    return (
+        f'<div class="sk-card sk-reference"><div class="sk-card-head"><strong>Reference</strong></div>'
+        f'<div class="sk-text" dir="auto">{escape(study.reference)}</div></div>'
+        f'<div class="sk-card sk-article"><div class="sk-card-head"><strong>Article</strong>'
+        f'<span class="sk-dim">{escape(study.item_id)} · {words} words</span></div>'
+        f'<div class="sk-text" dir="auto" tabindex="0">{escape(study.source)}</div></div>'
+    )
+
+
+def outputs_html(outputs: Sequence[CaseOutput], *, settings: Mapping[str, str], colours: Mapping[str, str]) -> str:
+    """A card per output. ``settings`` says by run id what sets the run apart; ``colours`` are by method."""
+    cards = "".join(
+        _output_html(output, setting=settings.get(output.run_id, output.run_id), colour=colours[output.method])
+        for output in outputs
+    )
+    return f'<div class="sk-outputs">{cards}</div>'
+
+
+def difference_html(study: CaseStudy) -> str:
+    """How much less of the output is unsupported under the best KD student than under SFT."""
+    points = 100 * study.difference
+    if abs(points) < 0.5:
+        return '<span class="sk-difference">SFT and KD are equally well supported here</span>'
+    better, tone = ("less", "sk-better") if points > 0 else ("more", "sk-worse")
+    return (
+        f'<span class="sk-difference {tone}"><strong>{abs(points):.0f} points {better}</strong> '
+        "of the best KD output is unsupported than of SFT's</span>"
+    )
+
+
+def study_title(study: CaseStudy, *, number: int) -> str:
+    """For lists to choose from: place, item, difference."""
+    return f"{number}. {study.item_id} ({100 * study.difference:+.0f} points)"
+
+
+def _output_html(output: CaseOutput, *, setting: str, colour: str) -> str:
+    marks = len(output.spans)
+    outside = count_outside(output.output, output.spans)
+    note = (
+        f'<p class="sk-note">{outside} of the spans stored for this output lie beyond its end and are not shown.</p>'
+        if outside
+        else ""
+    )
+    text = marked_html(output.output, output.spans) if output.output.strip() else "<em>The output is empty.</em>"
+    return (
+        f'<article class="sk-card sk-output" style="--method:{colour}">'
+        f'<div class="sk-card-head"><span class="sk-method" style="--method:{colour}">{escape(output.method)}</span>'
+        f'<span class="sk-dim">{marks} unsupported span{"s" if marks != 1 else ""}</span></div>'
+        f'<div class="sk-text" dir="auto">{text}</div>{note}'
+        f'<div class="sk-scores">{_scores_html(output.scores)}</div>'
+        f'<div class="sk-dim">{escape(setting)}</div></article>'
+    )
+
+
+def _scores_html(scores: Mapping[str, float]) -> str:
+    return "".join(
+        f'<span title="{escape(METRIC_MEANINGS.get(name, name))}">{escape(metric_title(name))} '
+        f"<strong>{value:.1f}</strong></span>"
+        for name, value in scores.items()
+    )

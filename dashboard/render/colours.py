@@ -1,0 +1,39 @@
+"""Colours of methods and runs: of middle lightness, so that they read on light and dark pages alike."""
+
+import colorsys
+from collections.abc import Iterable, Sequence
+
+from dashboard.render.words import run_label
+from services.contract.records import RunRecord
+
+BASELINE = "#d97706"
+"""SFT: the warm colour that every other method is compared with."""
+
+DISTILLED = ("#0d9488", "#3b82f6", "#8b5cf6", "#db2777", "#65a30d", "#0891b2", "#6366f1", "#be4b49")
+"""KD methods in table order, then around again."""
+
+
+def method_colours(methods: Iterable[str]) -> dict[str, str]:
+    """A colour per method, as #rrggbb; SFT has BASELINE, the others follow in the order given."""
+    distilled = [method for method in dict.fromkeys(methods) if method != "SFT"]
+    colours = {method: DISTILLED[index % len(DISTILLED)] for index, method in enumerate(distilled)}
+    return {"SFT": BASELINE, **colours}
+
+
+def run_colours(runs: Sequence[RunRecord]) -> dict[str, str]:
+    """A colour per run label: the method's hue, lighter from run to run of the same method."""
+    by_method = method_colours(run.method for run in runs)
+    colours = {}
+    for method, base in by_method.items():
+        labels = [run_label(run) for run in runs if run.method == method]
+        for index, label in enumerate(labels):
+            colours[label] = _lighter(base, share=index / max(len(labels), 2))
+    return colours
+
+
+def _lighter(colour: str, *, share: float) -> str:
+    """``share`` 0 keeps the colour; towards 1 its lightness goes up to 0.72, still darker than a white page."""
+    red, green, blue = (int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5))
+    hue, lightness, saturation = colorsys.rgb_to_hls(red, green, blue)
+    mixed = colorsys.hls_to_rgb(hue, lightness + share * (0.72 - lightness), saturation)
+    return "#" + "".join(f"{round(255 * part):02x}" for part in mixed)

@@ -1,0 +1,87 @@
+"""Summary: SFT against every KD method over the whole sweep, in the form of the paper's tables."""
+
+import streamlit as st
+
+from dashboard.live import live, problems_shown
+from dashboard.render.summary_chart import column_chart, column_frame
+from dashboard.render.summary_table import (
+    headline_html,
+    missing_lines,
+    summary_columns,
+    summary_csv,
+    summary_markdown,
+    summary_table_html,
+)
+from dashboard.render.words import METRIC_MEANINGS, metric_title, state_counts
+from dashboard.session import choose_sweep, client
+from services.contract.records import Summary, SweepRecord
+from services.contract.states import ENDED
+
+
+def draw_page() -> None:
+    st.title("Summary")
+    with problems_shown():
+        sweep = choose_sweep()
+        if sweep is not None:
+            live(lambda: draw_summary(sweep.id), ended=sweep.state in ENDED)
+
+
+def draw_summary(sweep_id: str) -> bool:
+    sweep = client().sweep(sweep_id)
+    summary = client().summary(sweep_id)
+    if not sweep.spec.evaluation.benchmarks:
+        st.info("This sweep names no benchmark, so there is nothing to compare. Add `evaluation: {benchmarks: [...]}`.")
+    elif not summary_columns(summary):
+        draw_waiting(sweep)
+    else:
+        draw_results(sweep, summary)
+    return sweep.state in ENDED
+
+
+def draw_waiting(sweep: SweepRecord) -> None:
+    if sweep.state in ENDED:
+        st.warning(f"No run was evaluated ({state_counts(sweep.runs)}). The Runs page says what went wrong.")
+        st.page_link("views/runs.py", label="Runs", icon=":material/show_chart:", query_params={"sweep": sweep.id})
+    else:
+        st.info(
+            f"No run has been evaluated yet ({state_counts(sweep.runs)}). The table fills as runs end.",
+            icon=":material/hourglass_empty:",
+        )
+
+
+def draw_results(sweep: SweepRecord, summary: Summary) -> None:
+    st.html(headline_html(summary) or "<span></span>")
+    st.html(summary_table_html(summary))
+    st.caption(
+        "Mean ± sample standard deviation over learning rate × batch size × seed; n is the number of runs behind a "
+        "cell. ★ marks the best of a column."
+    )
+    for line in missing_lines(summary):
+        st.text(f"Missing: {line}")
+    with st.container(horizontal=True):
+        st.download_button(
+            "CSV", summary_csv(summary), f"{sweep.name}.csv", "text/csv", icon=":material/download:", on_click="ignore"
+        )
+        st.download_button(
+            "Markdown",
+            summary_markdown(summary),
+            f"{sweep.name}.md",
+            "text/markdown",
+            icon=":material/download:",
+            on_click="ignore",
+        )
+    draw_charts(summary)
+
+
+def draw_charts(summary: Summary) -> None:
+    st.subheader("Means with one standard deviation")
+    drawn = [column for column in summary_columns(summary) if not column_frame(summary, column).empty]
+    columns = st.columns(2, gap="large")
+    for place, (benchmark, metric) in enumerate(drawn):
+        with columns[place % 2]:
+            st.markdown(f"**{benchmark} · {metric_title(metric)}**", help=METRIC_MEANINGS.get(metric))
+            chart = column_chart(summary, (benchmark, metric))
+            st.altair_chart(chart, width="stretch", key=f"chart-{benchmark}-{metric}")
+
+
+draw_page()
