@@ -10,7 +10,7 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True, kw_only=True)
 class TokenSequence:
-    """Tokens to score, and where: the labels at position p are the distribution over ``token_ids[p]`` given those before.
+    """Tokens to score, and where: labels at position p are the distribution over ``token_ids[p]`` given those before.
 
     ``label_positions`` ascend, each from 1 to ``len(token_ids) - 1``; ``id`` is unique within a request.
     """

@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from services.contract.errors import LabelMismatchError
+from services.contract.sequences import Encoding
 from services.contract.teacher.v1 import teacher_service_pb2 as pb
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -168,28 +169,30 @@ def log_softmax(logits_NV: Array, *, temperature: float = 1.0) -> Array:
     return scaled_NV
 
 
-_DTYPES = {
+WIRE_ENCODINGS: dict[Encoding, Any] = {
+    "exact": pb.ENCODING_EXACT,
+    "top_k": pb.ENCODING_TOP_K,
+    "full": pb.ENCODING_FULL,
+}
+"""Each encoding's number on the wire."""
+
+_DTYPES: dict[Any, np.dtype[Any]] = {
     pb.TENSOR_TYPE_FLOAT32: np.dtype("<f4"),
     pb.TENSOR_TYPE_FLOAT16: np.dtype("<f2"),
     pb.TENSOR_TYPE_BFLOAT16: np.dtype(ml_dtypes.bfloat16),
     pb.TENSOR_TYPE_INT32: np.dtype("<i4"),
 }
-_TENSOR_TYPES = {dtype: tensor_type for tensor_type, dtype in _DTYPES.items()}
+_TENSOR_TYPES = {dtype: number for number, dtype in _DTYPES.items()}
 
 
 def encode_tensor(array: Array) -> pb.Tensor:
     """Float32, float16, bfloat16 and int32 arrays of any shape."""
-    return pb.Tensor(dtype=_TENSOR_TYPES[array.dtype], shape=array.shape, data=array.tobytes())
+    return pb.Tensor(dtype=tensor_type(array.dtype), shape=array.shape, data=array.tobytes())
 
 
 def decode_tensor(message: pb.Tensor) -> Array:
     """A read-only view of the message's bytes; LabelMismatchError when size and shape disagree."""
-    dtype = _DTYPES.get(message.dtype)
-    if dtype is None:
-        raise LabelMismatchError(
-            f"a tensor has the unknown type {message.dtype}",
-            fix="Teacher and student run different releases of smoothkd; update the older one.",
-        )
+    dtype = tensor_dtype(message.dtype)
     expected = math.prod(message.shape) * dtype.itemsize
     if len(message.data) != expected:
         raise LabelMismatchError(
@@ -197,3 +200,19 @@ def decode_tensor(message: pb.Tensor) -> Array:
             fix="The answer is damaged; restart the teacher.",
         )
     return np.frombuffer(message.data, dtype=dtype).reshape(message.shape)
+
+
+def tensor_dtype(tensor_type: int) -> np.dtype[Any]:
+    """The NumPy type of a wire type; LabelMismatchError for one that this release does not know."""
+    dtype = _DTYPES.get(tensor_type)
+    if dtype is None:
+        raise LabelMismatchError(
+            f"a tensor has the unknown type {tensor_type}",
+            fix="Teacher and student run different releases of smoothkd; update the older one.",
+        )
+    return dtype
+
+
+def tensor_type(dtype: np.dtype[Any]) -> Any:
+    """The wire type of a NumPy type out of float32, float16, bfloat16, int32."""
+    return _TENSOR_TYPES[dtype]

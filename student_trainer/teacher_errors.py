@@ -1,0 +1,57 @@
+"""From gRPC's errors to the error tree."""
+
+from typing import cast
+
+import grpc
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+from services.contract.errors import SmoothKDError, TeacherError, TeacherUnavailableError, error_class
+
+
+def translate(error: grpc.RpcError, *, address: str, model: str = "") -> SmoothKDError:
+    """The error that the server raised where it said so with ErrorInfo, else what the failure of the call means."""
+    told = _told_by_server(error)
+    if told is not None:
+        return told
+    code = error.code()
+    fix = (
+        f"Start one with: smoothkd teacher --model {model or 'MODEL'}; "
+        "or point SMOOTHKD_TEACHER_ADDRESS at a running one."
+    )
+    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+        return TeacherUnavailableError(
+            f"no teacher answers at {address}", fix=fix, details={"address": address, "grpc": str(error.details())}
+        )
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return TeacherUnavailableError(
+            f"the teacher at {address} answered nothing in time", fix=fix, details={"address": address}
+        )
+    return TeacherError(
+        f"the teacher at {address} failed: {code.name}: {error.details()}",
+        fix="Look at the teacher's log; if it serves another release of smoothkd, update the older one.",
+        details={"address": address, "grpc_code": code.name},
+    )
+
+
+def is_worth_another_try(error: grpc.RpcError, *, progressed: bool) -> bool:
+    """Whether the same request may succeed later: the teacher is away, or ran out of time while it was answering."""
+    code = error.code()
+    # A teacher that stops cancels its streams; the client's own cancellation never comes back as an error.
+    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+        return True
+    return progressed and code is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+def _told_by_server(error: grpc.RpcError) -> SmoothKDError | None:
+    try:
+        status = rpc_status.from_call(cast(grpc.Call, error))
+    except ValueError:
+        return None
+    for detail in status.details if status is not None else ():
+        info = error_details_pb2.ErrorInfo()
+        if detail.Unpack(info) and info.domain == "smoothkd":
+            details = dict(info.metadata)
+            fix = details.pop("fix", "")
+            return error_class(info.reason)(status.message, fix=fix, details=details)
+    return None
