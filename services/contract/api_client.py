@@ -53,6 +53,7 @@ class ApiClient:
     def __init__(self, url: str, key: SecretStr | None = None, *, timeout: float = 30.0) -> None:
         self.url = url.rstrip("/")
         headers = {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
+        self._timeout = timeout
         self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout)
 
     def __enter__(self) -> Self:
@@ -171,7 +172,7 @@ class ApiClient:
             headers["Last-Event-ID"] = last_event_id
         path = f"/v1/sweeps/{_part(sweep_id)}/events"
         # The API sends a comment every 15 seconds, so silence for a minute is a dead connection.
-        timeout = httpx.Timeout(self._http.timeout, read=60.0)
+        timeout = httpx.Timeout(self._timeout, read=60.0)
         with self._http.stream("GET", path, headers=headers, timeout=timeout) as response:
             if response.is_error:
                 response.read()
