@@ -4,7 +4,6 @@ A write of an attempt locks its stage and checks, in the same transaction, that 
 stage's newest and the stage is running. That alone makes the effects of work that ran twice happen once.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Connection, Row, Select, and_, insert, select, update
@@ -13,15 +12,7 @@ from services.contract.errors import StaleAttemptError
 from services.contract.records import Problem
 from services.contract.states import State
 from services.store import schema
-from services.store.stages import derive_run_states, end_stage, lock_stage, lock_sweep_of, requeue_stage, waits
-
-
-@dataclass(frozen=True, kw_only=True)
-class Attempt:
-    """One try at a stage. ``number`` is its fencing number: a higher one makes every write of this one stale."""
-
-    stage_id: str
-    number: int
+from services.store.stages import Attempt, derive_run_states, end_stage, lock_stage, lock_sweep_of, requeue_stage, waits
 
 
 def begin_attempt(connection: Connection, stage_id: str, *, worker: str, lease_seconds: float) -> Attempt | None:

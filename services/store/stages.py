@@ -5,6 +5,7 @@ by deriving the states of the runs it touched.
 """
 
 from collections import defaultdict
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Connection, Row, RowMapping, Select, and_, bindparam, select, update
@@ -13,6 +14,14 @@ from services.contract.errors import NotFoundError
 from services.contract.records import Problem, StageRecord
 from services.contract.states import StageKind, State, combined_state
 from services.store import schema
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One try at a stage. ``number`` is its fencing number: a higher one makes every write of this one stale."""
+
+    stage_id: str
+    number: int
 
 
 def select_stages() -> Select[Any]:
@@ -55,13 +64,16 @@ def read_inputs(connection: Connection, stage_id: str) -> list[StageRecord]:
     return [stage_record(row) for row in connection.execute(query).mappings()]
 
 
-def read_ready(connection: Connection) -> list[StageRecord]:
+def read_ready(connection: Connection, *, after: str | None = None) -> list[StageRecord]:
     """Queued stages whose inputs have all succeeded; in a sweep, the evaluation of one run before the next training."""
     query = (
         select_stages()
         .where(schema.stages.c.state == State.QUEUED, ~waits())
         .order_by(schema.stages.c.sweep_id, schema.stages.c.position)
     )
+    if after is not None:
+        needing = select(schema.stage_needs.c.stage_id).where(schema.stage_needs.c.needs_id == after)
+        query = query.where(schema.stages.c.id.in_(needing))
     return [stage_record(row) for row in connection.execute(query).mappings()]
 
 

@@ -26,8 +26,8 @@ from services.contract.records import (
 from services.contract.spec import SweepSpec
 from services.contract.states import State
 from services.store import attempts, results, schema, stages, sweeps
-from services.store.attempts import Attempt
 from services.store.database import Database
+from services.store.stages import Attempt
 
 __all__ = ["Attempt", "Store"]
 
@@ -107,10 +107,13 @@ class Store:
             stages.cancel_sweep(connection, sweep_id)
             return sweeps.read_sweep(connection, sweep_id)
 
-    def ready_stages(self) -> list[StageRecord]:
-        """Queued stages whose inputs have all succeeded, in the order they should be worked on."""
+    def ready_stages(self, *, after: str | None = None) -> list[StageRecord]:
+        """Queued stages whose inputs have all succeeded, in the order they should be worked on.
+
+        ``after`` keeps those that need this stage.
+        """
         with self._database.reading() as connection:
-            return stages.read_ready(connection)
+            return stages.read_ready(connection, after=after)
 
     def begin_attempt(self, stage_id: str, *, worker: str, lease_seconds: float) -> Attempt | None:
         """Takes the stage for ``lease_seconds``; None when it is not ready, already running or ended."""
