@@ -2,6 +2,7 @@
 
 import ipaddress
 import secrets
+from typing import Annotated
 from urllib.parse import urlsplit
 
 from fastapi import Depends, Request
@@ -40,7 +41,9 @@ def is_loopback(host: str) -> bool:
         return host.lower().rstrip(".") == "localhost"
 
 
-async def require_key(request: Request, given: HTTPAuthorizationCredentials | None = Depends(_bearer)) -> None:
+async def require_key(
+    request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
+) -> None:
     """AuthenticationError unless the request carries the key, where one is set."""
     key = _key(request.app.state.settings)
     if key is None:
@@ -74,7 +77,7 @@ class LoopbackOnly:
             for name in names:
                 if not is_loopback(_hostname(name)):
                     error = ForeignOriginError(
-                        f"the request came by way of {name.removeprefix('//')!r}, but this API serves this machine alone",
+                        f"the request came by way of {name.removeprefix('//')!r}, which is not this machine",
                         fix="Open it as 127.0.0.1 or localhost, or set SMOOTHKD_API_KEY.",
                     )
                     await problem_response(error, instance=scope["path"])(scope, receive, send)

@@ -2,15 +2,17 @@
 
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
+from typing import Any
 
 import uvicorn
 from fastapi import Depends, FastAPI
+from fastapi.concurrency import run_in_threadpool
 
 from services.api.access import LoopbackOnly, require_key, require_safe_binding
 from services.api.evidence import make_ranking
 from services.api.preflight import TeacherProbe, probe_teacher
-from services.api.problems import answer_with_problems
+from services.api.problems import UnknownErrors, answer_with_problems
 from services.api.routes import events, health, results, runs, sweeps
 from services.contract.errors import PortInUseError
 from services.contract.problems import MEDIA_TYPE, ProblemDetails
@@ -19,19 +21,85 @@ from services.store.queue import Queue
 from services.store.reconciler import Reconciler
 from services.store.store import Store
 
+DESCRIPTION = "Sweeps of students trained on a teacher's soft labels. Every error is problem+json (RFC 9457)."
 GRACE_SECONDS = 5
-PROBLEMS = {
-    "4XX": {"description": "The request cannot be met.", "content": {MEDIA_TYPE: {"schema": ProblemDetails}}},
+"""How long requests under way may take to end once the API is told to stop."""
+QUEUE_RETRY_SECONDS = 0.5
+"""Short, so that a request hears soon that the queue is down; the reconciler tries on by itself."""
+LOGGING: dict[str, Any] = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}},
+    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
+    "root": {"level": "INFO", "handlers": ["stderr"]},
+    # One line per request would drown what matters: dashboards ask all the time.
+    "loggers": {"uvicorn.access": {"level": "WARNING"}, "httpx": {"level": "WARNING"}},
+}
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ProblemDetails, "description": text, "content": {MEDIA_TYPE: {}}}
+    for status, text in {"4XX": "The request cannot be met.", "5XX": "A part of the platform failed."}.items()
 }
 
 
-def create_app(
-    settings: Settings, store: Store, queue: Queue, *, probe: TeacherProbe = probe_teacher
-) -> FastAPI:
+def create_app(settings: Settings, store: Store, queue: Queue, *, probe: TeacherProbe = probe_teacher) -> FastAPI:
     """The API over a store and a queue, which stay the caller's to close.
 
     While it runs, a reconciler keeps the queue true to the store. AuthenticationError when ``settings`` would
     let other machines in without a key.
     """
     require_safe_binding(settings)
-    ...
+
+    reconciler = Reconciler(store, queue, settings)
+
+    @asynccontextmanager
+    async def reconciling(_: FastAPI) -> AsyncIterator[None]:
+        reconciler.start()
+        yield
+        await run_in_threadpool(reconciler.stop)
+
+    app = FastAPI(
+        title="smoothkd",
+        version="v1",
+        description=DESCRIPTION,
+        lifespan=reconciling,
+        docs_url="/v1/docs",
+        openapi_url="/v1/openapi.json",
+        redoc_url=None,
+        # One schema per record, with its defaults optional: what a client sends is what it gets back.
+        separate_input_output_schemas=False,
+    )
+    app.state.settings, app.state.store, app.state.queue = settings, store, queue
+    app.state.reconciler, app.state.probe = reconciler, probe
+    app.state.ranking = make_ranking(store)
+    for part in (sweeps, events, runs, results):
+        app.include_router(part.router, prefix="/v1", dependencies=[Depends(require_key)], responses=PROBLEMS)
+    app.include_router(health.router, responses={"503": PROBLEMS["5XX"]})
+    answer_with_problems(app)
+    app.add_middleware(LoopbackOnly, settings=settings)
+    app.add_middleware(UnknownErrors)
+    return app
+
+
+def serve(settings: Settings) -> None:
+    """Serves until SIGINT or SIGTERM. PortInUseError and AuthenticationError come before anything is opened."""
+    require_safe_binding(settings)
+    with (
+        _listen(settings.api_host, settings.api_port) as listener,
+        closing(Store(settings.resolved_database_url)) as store,
+        closing(Queue(settings.redis_url, retry_seconds=QUEUE_RETRY_SECONDS)) as queue,
+    ):
+        config = uvicorn.Config(
+            create_app(settings, store, queue), log_config=LOGGING, timeout_graceful_shutdown=GRACE_SECONDS
+        )
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise PortInUseError(
+            f"cannot listen on {host}:{port}: {error.strerror}",
+            fix="Stop the process that uses the port, or choose another with SMOOTHKD_API_PORT.",
+        ) from None

@@ -9,6 +9,7 @@ from services.api.preflight import TeacherProbe
 from services.contract.settings import Settings
 from services.store.pages import MAX_LIMIT
 from services.store.queue import Queue
+from services.store.reconciler import Reconciler
 from services.store.store import Store
 
 
@@ -27,6 +28,11 @@ def _queue(request: Request) -> Queue:
     return queue
 
 
+def _reconciler(request: Request) -> Reconciler:
+    reconciler: Reconciler = request.app.state.reconciler
+    return reconciler
+
+
 def _probe(request: Request) -> TeacherProbe:
     probe: TeacherProbe = request.app.state.probe
     return probe
@@ -40,6 +46,7 @@ def _ranking(request: Request) -> Ranking:
 SettingsHere = Annotated[Settings, Depends(_settings)]
 StoreHere = Annotated[Store, Depends(_store)]
 QueueHere = Annotated[Queue, Depends(_queue)]
+ReconcilerHere = Annotated[Reconciler, Depends(_reconciler)]
 ProbeHere = Annotated[TeacherProbe, Depends(_probe)]
 RankingHere = Annotated[Ranking, Depends(_ranking)]
 Limit = Annotated[int, Query(ge=1, le=MAX_LIMIT, description="Most items on a page.")]

@@ -40,6 +40,12 @@ def read_generations(store: Store, run_id: str, *, benchmark: str | None = None)
             return
 
 
+def read_answers(store: Store, items: Sequence[RankedItem]) -> Callable[[str], list[Generation]]:
+    """A run's answers to these items alone, by run id."""
+    wanted = [(item.benchmark, item.item_id) for item in items]
+    return lambda run_id: store.answers(run_id, wanted)
+
+
 def make_ranking(store: Store) -> Ranking:
     """Ranks items, and remembers the last few rankings: the answers of a run that was evaluated never change."""
 

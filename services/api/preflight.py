@@ -45,19 +45,25 @@ def probe_teacher(address: str, *, model: str) -> wire.GetTeacherResponse:
                     f"the teacher at {address} is still starting, or stopping",
                     fix="Wait until it serves, then send the sweep again.",
                 )
-            teacher = wire_grpc.TeacherServiceStub(channel)
-            try:
-                return teacher.GetTeacher(wire.GetTeacherRequest(model=model), timeout=PROBE_SECONDS)
-            except grpc.RpcError as error:
-                if error.code() == grpc.StatusCode.UNAVAILABLE:
-                    raise
-                return teacher.GetTeacher(wire.GetTeacherRequest(), timeout=PROBE_SECONDS)
+            return _ask(wire_grpc.TeacherServiceStub(channel), model=model)
         except grpc.RpcError as error:
             raise TeacherUnavailableError(
                 f"no teacher answers at {address} ({error.code().name}: {error.details()})",
                 fix=f"Start it with `smoothkd teacher --model {model}`, or set SMOOTHKD_TEACHER_ADDRESS.",
                 details={"address": address},
             ) from None
+
+
+def _ask(teacher: wire_grpc.TeacherServiceStub, *, model: str) -> wire.GetTeacherResponse:
+    answer: wire.GetTeacherResponse
+    try:
+        answer = teacher.GetTeacher(wire.GetTeacherRequest(model=model), timeout=PROBE_SECONDS)
+    except grpc.RpcError as error:
+        if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+            raise
+        # It does not offer this model; ask which one it does, so that the refusal can name it.
+        answer = teacher.GetTeacher(wire.GetTeacherRequest(), timeout=PROBE_SECONDS)
+    return answer
 
 
 def check_sweep(spec: SweepSpec, *, settings: Settings, probe: TeacherProbe = probe_teacher) -> None:
@@ -120,9 +126,7 @@ def _check_benchmark(benchmark: BenchmarkSpec, *, limit: int | None) -> None:
         load_items(benchmark, limit=limit, offline=True)
 
 
-def _check_teacher(
-    spec: SweepSpec, wanted: TeacherSpec, teacher: wire.GetTeacherResponse, *, address: str
-) -> None:
+def _check_teacher(spec: SweepSpec, wanted: TeacherSpec, teacher: wire.GetTeacherResponse, *, address: str) -> None:
     if not _same_model(teacher.model, wanted.model):
         raise HandshakeError(
             f"teacher.model: the teacher at {address} serves {teacher.model}, not {wanted.model}",

@@ -40,8 +40,6 @@ def answer_with_problems(app: FastAPI) -> None:
         response.headers.update(error.headers or {})
         return response
 
-    app.add_middleware(UnknownErrors)
-
 
 def problem_response(error: SmoothKDError, *, instance: str, status: int | None = None) -> Response:
     """The answer to the request for ``instance`` that met ``error``."""

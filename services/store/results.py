@@ -70,6 +70,17 @@ def read_generations(
     return GenerationPage(items=items[:limit], next_cursor=more)
 
 
+def read_answers(connection: Connection, run_id: str, items: Sequence[tuple[str, str]]) -> list[Generation]:
+    """By benchmark, then item id."""
+    table = schema.generations
+    query = (
+        select(*[column for column in table.columns if column.name != "run_id"])
+        .where(table.c.run_id == run_id, tuple_(table.c.benchmark, table.c.item_id).in_(items))
+        .order_by(table.c.benchmark, table.c.item_id)
+    )
+    return [Generation.model_validate(dict(row)) for row in connection.execute(query).mappings()]
+
+
 def read_scores(connection: Connection, run_id: str) -> list[Score]:
     """By benchmark, then metric."""
     table = schema.scores

@@ -66,6 +66,12 @@ class Store:
                     raise
                 return sweeps.read_sweep(connection, sweep_id)
 
+    def find_sweep(self, spec: SweepSpec, *, idempotency_key: str) -> SweepRecord | None:
+        """The sweep that this key has made, or None; ConflictError when that was of another specification."""
+        with self._database.reading() as connection:
+            sweep_id = _known_sweep(connection, spec, idempotency_key)
+            return None if sweep_id is None else sweeps.read_sweep(connection, sweep_id)
+
     def sweep(self, sweep_id: str) -> SweepRecord:
         with self._database.reading() as connection:
             return sweeps.read_sweep(connection, sweep_id)
@@ -195,6 +201,11 @@ class Store:
         """By benchmark, then item id."""
         with self._reading_run(run_id) as connection:
             return results.read_generations(connection, run_id, benchmark=benchmark, limit=limit, cursor=cursor)
+
+    def answers(self, run_id: str, items: Sequence[tuple[str, str]]) -> list[Generation]:
+        """The run's generations for these (benchmark, item id), as far as there are any, by benchmark, then item id."""
+        with self._reading_run(run_id) as connection:
+            return results.read_answers(connection, run_id, items)
 
     def scores(self, run_id: str) -> list[Score]:
         """By benchmark, then metric."""

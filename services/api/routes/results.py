@@ -1,13 +1,12 @@
 """What a sweep showed: the summary table and the case studies."""
 
 from bisect import bisect_right
-from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Query
 
 from services.api.dependencies import Cursor, RankingHere, StoreHere
-from services.api.evidence import read_generations, read_runs, read_scores
+from services.api.evidence import read_answers, read_runs, read_scores
 from services.api.summary import RankedItem, case_studies, compared_runs, summarise
 from services.contract.errors import InvalidInputError
 from services.contract.records import CaseStudyPage, Summary
@@ -40,7 +39,7 @@ def list_case_studies(
     start = bisect_right(ranked, _decode(cursor)) if cursor is not None else 0
     shown = ranked[start : start + limit]
     return CaseStudyPage(
-        items=case_studies(shown, runs, partial(read_generations, store, benchmark=benchmark)),
+        items=case_studies(shown, runs, read_answers(store, shown)),
         next_cursor=_encode(shown[-1]) if start + limit < len(ranked) else None,
     )
 

@@ -5,7 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Header, Response
 
 from services.api.body import SWEEP_BODY, read_sweep
-from services.api.dependencies import Cursor, Limit, ProbeHere, QueueHere, SettingsHere, StoreHere
+from services.api.dependencies import Cursor, Limit, ProbeHere, QueueHere, ReconcilerHere, SettingsHere, StoreHere
 from services.api.preflight import check_sweep
 from services.contract.records import PlannedRun, RunPage, SweepPage, SweepPlan, SweepRecord
 from services.contract.spec import SweepSpec, expand
@@ -24,13 +24,18 @@ def submit(
     settings: SettingsHere,
     store: StoreHere,
     queue: QueueHere,
+    reconciler: ReconcilerHere,
     probe: ProbeHere,
     idempotency_key: IdempotencyKey = None,
 ) -> SweepRecord:
     """Check a sweep, store it with all its runs, and queue them."""
-    check_sweep(spec, settings=settings, probe=probe)
-    queue.ping()
-    sweep = store.create_sweep(spec, idempotency_key=idempotency_key)
+    sweep = store.find_sweep(spec, idempotency_key=idempotency_key) if idempotency_key else None
+    # A sweep that was made is made: asking again must not fail because its teacher has gone since.
+    if sweep is None:
+        check_sweep(spec, settings=settings, probe=probe)
+        queue.ping()
+        sweep = store.create_sweep(spec, idempotency_key=idempotency_key)
+        reconciler.wake()
     response.headers["Location"] = f"/v1/sweeps/{sweep.id}"
     return sweep
 

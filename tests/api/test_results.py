@@ -1,0 +1,113 @@
+"""What runs left in a real store, as the API tells it."""
+
+import pytest
+
+from services.contract.api_client import ApiClient
+from services.contract.errors import InvalidInputError
+from services.contract.records import Artifact, Generation, MetricPoint, Score, Span
+from services.contract.spec import SweepSpec
+from services.contract.states import StageKind, State
+from services.store.store import Store
+
+POINTS = [
+    MetricPoint(name=name, step=step, value=step / 7 - 1)
+    for name in ("hard_loss", "loss", "epoch")
+    for step in range(4)
+]
+
+
+@pytest.fixture
+def sweep_id(api: ApiClient, store: Store, spec: SweepSpec) -> str:
+    """SFT seeds 0 and 1, then KD seeds 0 and 1: of ten words SFT gets item i wrong in i, KD in a third of that."""
+    sweep = api.submit_sweep(spec)
+    for run, support in zip(api.all_runs(sweep.id), (40.0, 50.0, 60.0, 90.0), strict=True):
+        for stage in run.stages:
+            attempt = store.begin_attempt(stage.id, worker="w", lease_seconds=60)
+            assert attempt is not None
+            if stage.kind == StageKind.TRAIN:
+                store.add_metrics(attempt, POINTS)
+                store.add_artifact(attempt, Artifact(run_id=run.id, name="model", path=f"runs/{run.id}/model"))
+            else:
+                share = 1 if run.method == "SFT" else 3
+                store.add_generations(attempt, [answer(number, bad=number // share) for number in range(7)])
+                store.put_scores(attempt, [Score(benchmark="demo_news", metric="support", value=support, items=7)])
+            store.end_attempt(attempt, State.SUCCEEDED)
+    return sweep.id
+
+
+def answer(number: int, *, bad: int) -> Generation:
+    spans = [
+        Span(start=5 * place, end=5 * place + 4, detector="lexical", kind="word", score=1, explanation="not there")
+        for place in range(bad)
+    ]
+    return Generation(
+        benchmark="demo_news",
+        item_id=f"item-{number}",
+        source="source",
+        reference="reference",
+        output=" ".join(["word"] * 10),
+        scores={"support": 100.0 - 10 * bad},
+        spans=spans,
+    )
+
+
+def test_metrics_by_name_and_step(api: ApiClient, sweep_id: str) -> None:
+    run_id = api.runs(sweep_id).items[0].id
+    assert api.metrics(run_id) == sorted(POINTS, key=lambda point: (point.name, point.step))
+    assert api.metrics(run_id, names=["loss", "epoch"], after_step=2) == [
+        point for point in sorted(POINTS, key=lambda point: point.name) if point.name != "hard_loss" and point.step == 3
+    ]
+    assert api.metrics(run_id, names=["nothing"]) == []
+
+
+def test_generations_scores_and_artifacts(api: ApiClient, sweep_id: str) -> None:
+    run = api.runs(sweep_id).items[0]
+    page = api.generations(run.id, limit=4)
+    rest = api.generations(run.id, limit=4, cursor=page.next_cursor)
+    assert page.items + rest.items == [answer(number, bad=number) for number in range(7)]
+    assert rest.next_cursor is None
+    assert api.generations(run.id, benchmark="xsum").items == []
+    assert [(score.metric, score.value) for score in api.scores(run.id)] == [("support", 40.0)]
+    assert [artifact.path for artifact in api.artifacts(run.id)] == [f"runs/{run.id}/model"]
+
+
+def test_summary(api: ApiClient, sweep_id: str) -> None:
+    summary = api.summary(sweep_id)
+    assert summary.state == State.SUCCEEDED
+    assert [(row.method, row.runs, row.ended) for row in summary.rows] == [("SFT", 2, 2), ("KD alpha=1", 2, 2)]
+    sft, kd = (row.cells[0] for row in summary.rows)
+    # Sample standard deviations of (40, 50) and (60, 90): 10 / sqrt 2 and 30 / sqrt 2.
+    assert (sft.mean, sft.std, sft.best) == (45.0, pytest.approx(7.0710678), False)
+    assert (kd.mean, kd.std, kd.best) == (75.0, pytest.approx(21.2132034), True)
+
+
+def test_case_studies_page_by_page(api: ApiClient, sweep_id: str) -> None:
+    first_of = {run.method: run.id for run in reversed(api.all_runs(sweep_id))}
+    seen, cursor = [], None
+    while True:
+        page = api.case_studies(sweep_id, limit=3, cursor=cursor)
+        seen += page.items
+        cursor = page.next_cursor
+        if cursor is None:
+            break
+    # Tenths: item i differs by i - i // 3; ties stand in order of their ids.
+    expected = sorted(range(7), key=lambda number: (number // 3 - number, number))
+    assert [study.item_id for study in seen] == [f"item-{number}" for number in expected]
+    assert [study.difference for study in seen] == pytest.approx([(n - n // 3) / 10 for n in expected])
+    for study in seen:
+        assert [(output.method, output.run_id) for output in study.outputs] == list(first_of.items())[::-1]
+    assert [len(output.spans) for output in seen[0].outputs] == [5, 1]
+
+
+def test_case_studies_of_one_benchmark(api: ApiClient, sweep_id: str) -> None:
+    assert len(api.case_studies(sweep_id, benchmark="demo_news").items) == 7
+    assert api.case_studies(sweep_id, benchmark="xsum").items == []
+    with pytest.raises(InvalidInputError, match="cursor"):
+        api.case_studies(sweep_id, cursor="bm9uc2Vuc2U")
+
+
+def test_before_anything_ran(api: ApiClient, spec: SweepSpec) -> None:
+    sweep = api.submit_sweep(spec)
+    assert [row.cells for row in api.summary(sweep.id).rows] == [[], []]
+    assert api.case_studies(sweep.id).items == []
+    assert api.metrics(api.runs(sweep.id).items[0].id) == []
