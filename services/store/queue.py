@@ -26,8 +26,8 @@ from services.contract.errors import InvalidInputError, QueueUnavailableError
 NAME = "stages"
 WORK = "student_trainer.worker.run_stage"
 FAILURE_SECONDS = 600
-SILENT_SECONDS = 45
-"""A worker that has not been heard of for this long does not count as listening; it calls every 15 s."""
+SILENT_SECONDS = 30
+"""A worker that has not been heard of for this long does not count as listening; it calls every 5 s."""
 
 BACKOFF_CAP, BACKOFF_BASE = 5.0, 0.1
 
@@ -97,9 +97,9 @@ class Queue:
         with self._available():
             hosts = set()
             for key in BaseWorker.all_keys(queue=self._queue):
-                host, heard = map(as_text, self._connection.hmget(key, "hostname", "last_heartbeat"))
-                if host and heard and _age(heard) < SILENT_SECONDS:
-                    hosts.add(host)
+                host, heard = self._connection.hmget(key, "hostname", "last_heartbeat")
+                if host and heard and _age(as_text(heard)) < SILENT_SECONDS:
+                    hosts.add(as_text(host))
             return hosts
 
     def close(self) -> None:
