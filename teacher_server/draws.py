@@ -1,0 +1,18 @@
+"""The randomness of sampled decoding: one stream per prompt, whatever shares its batch."""
+
+import hashlib
+
+import numpy as np
+
+from services.contract.sequences import DecodeOptions, Prompt
+
+
+def draw_generator(prompt: Prompt, options: DecodeOptions) -> np.random.Generator:
+    """Seeded by the request's seed, the prompt's id and its tokens.
+
+    A token is drawn by adding Gumbel noise to the logits and taking the largest (Gumbel, 1954), which samples the
+    softmax exactly.
+    """
+    digest = hashlib.sha256(f"{options.seed} {prompt.id} ".encode())
+    digest.update(np.asarray(prompt.token_ids, dtype="<u4").tobytes())
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest.digest()[:16], "little")))

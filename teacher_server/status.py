@@ -1,0 +1,44 @@
+"""The error tree as gRPC carries it: google.rpc.Status with an ErrorInfo."""
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+from google.protobuf import any_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from services.contract.errors import SmoothKDError
+
+logger = logging.getLogger(__name__)
+
+DOMAIN = "smoothkd"
+_MOST_CHARACTERS = 1000
+"""Of one value: trailing metadata beyond 8 KiB in all does not reach every client."""
+
+
+@asynccontextmanager
+async def translated_errors(context: Any) -> AsyncIterator[None]:
+    """End the call with the status of whatever error comes out of the block."""
+    try:
+        yield
+    except SmoothKDError as error:
+        await context.abort_with_status(rpc_status.to_status(to_status(error)))
+    except (grpc.aio.AbortError, grpc.aio.UsageError):
+        raise
+    except Exception as error:
+        logger.exception("a request failed")
+        unknown = SmoothKDError(f"the teacher failed: {error}", fix="Look at the teacher's log.")
+        await context.abort_with_status(rpc_status.to_status(to_status(unknown)))
+
+
+def to_status(error: SmoothKDError) -> status_pb2.Status:
+    """The message is what happened; ErrorInfo's metadata holds what to do (``fix``) and the particulars."""
+    metadata = {key: value[:_MOST_CHARACTERS] for key, value in {**error.details, "fix": error.fix}.items()}
+    detail = any_pb2.Any()
+    detail.Pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata))
+    return status_pb2.Status(
+        code=code_pb2.Code.Value(error.grpc_code), message=error.what[:_MOST_CHARACTERS], details=[detail]
+    )

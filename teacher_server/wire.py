@@ -1,0 +1,62 @@
+"""From what an engine computed to the messages that carry it."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from services.contract.errors import TeacherError
+from services.contract.lm_head import LmHead
+from services.contract.soft_labels import ExactLabels, ScoredSequence, encode_labels, encode_tensor, tensor_type
+from services.contract.teacher.v1 import teacher_service_pb2 as pb
+
+_HEAD_MESSAGE_BYTES = 1024 * 1024
+"""Of weights per message: gRPC streams fastest between 0.25 and 1 MiB."""
+
+
+def encode_scored(scored: ScoredSequence, *, label_dtype: str) -> pb.ScoreSequencesResponse:
+    """The reply for one sequence; TeacherError when its hidden states do not fit the type they travel in."""
+    if isinstance(scored.labels, ExactLabels):
+        scored = replace(scored, labels=as_label_dtype(scored.labels, label_dtype))
+    return encode_labels(scored)
+
+
+def as_label_dtype(labels: ExactLabels, label_dtype: str) -> ExactLabels:
+    """Hidden states rounded to the type in which they travel."""
+    with np.errstate(over="ignore"):
+        hidden_ND = labels.hidden_ND.astype(numpy_dtype(label_dtype), copy=False)
+    if not np.isfinite(hidden_ND).all():
+        raise TeacherError(
+            f"the teacher's hidden states are not finite in {label_dtype}",
+            fix="Serve the labels in bfloat16 or float32, and check the teacher's weights.",
+        )
+    return ExactLabels(hidden_ND=hidden_ND)
+
+
+def encode_head(head: LmHead) -> Iterator[pb.GetLmHeadResponse]:
+    """The header, then the rows in messages of about a mebibyte."""
+    rows, width = head.weight_VD.shape
+    dtype = head.weight_VD.dtype
+    yield pb.GetLmHeadResponse(
+        header=pb.LmHeadHeader(
+            dtype=tensor_type(dtype),
+            vocab_size=rows,
+            hidden_size=width,
+            has_bias=head.bias_V is not None,
+            logit_scale=head.logit_scale,
+            soft_cap=head.soft_cap,
+        )
+    )
+    step = max(1, _HEAD_MESSAGE_BYTES // (width * dtype.itemsize))
+    for first in range(0, rows, step):
+        part = pb.LmHeadRows(first_row=first, weight=encode_tensor(head.weight_VD[first : first + step]))
+        if head.bias_V is not None:
+            part.bias.CopyFrom(encode_tensor(head.bias_V[first : first + step].astype(dtype, copy=False)))
+        yield pb.GetLmHeadResponse(rows=part)
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """float32, float16 or bfloat16."""
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
