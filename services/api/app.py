@@ -10,12 +10,12 @@ from fastapi import Depends, FastAPI
 from fastapi.concurrency import run_in_threadpool
 
 from services.api.access import LoopbackOnly, require_key, require_safe_binding
+from services.api.document import PROBLEMS, complete_document
 from services.api.evidence import make_ranking
 from services.api.preflight import TeacherProbe, probe_teacher
 from services.api.problems import UnknownErrors, answer_with_problems
 from services.api.routes import events, health, results, runs, sweeps
 from services.contract.errors import PortInUseError
-from services.contract.problems import MEDIA_TYPE, ProblemDetails
 from services.contract.settings import Settings
 from services.store.queue import Queue
 from services.store.reconciler import Reconciler
@@ -34,10 +34,6 @@ LOGGING: dict[str, Any] = {
     "root": {"level": "INFO", "handlers": ["stderr"]},
     # One line per request would drown what matters: dashboards ask all the time.
     "loggers": {"uvicorn.access": {"level": "WARNING"}, "httpx": {"level": "WARNING"}},
-}
-PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ProblemDetails, "description": text, "content": {MEDIA_TYPE: {}}}
-    for status, text in {"4XX": "The request cannot be met.", "5XX": "A part of the platform failed."}.items()
 }
 
 
@@ -67,13 +63,15 @@ def create_app(settings: Settings, store: Store, queue: Queue, *, probe: Teacher
         redoc_url=None,
         # One schema per record, with its defaults optional: what a client sends is what it gets back.
         separate_input_output_schemas=False,
+        generate_unique_id_function=lambda route: route.name,
     )
     app.state.settings, app.state.store, app.state.queue = settings, store, queue
     app.state.reconciler, app.state.probe = reconciler, probe
     app.state.ranking = make_ranking(store)
     for part in (sweeps, events, runs, results):
         app.include_router(part.router, prefix="/v1", dependencies=[Depends(require_key)], responses=PROBLEMS)
-    app.include_router(health.router, responses={"503": PROBLEMS["5XX"]})
+    app.include_router(health.router)
+    complete_document(app)
     answer_with_problems(app)
     app.add_middleware(LoopbackOnly, settings=settings)
     app.add_middleware(UnknownErrors)

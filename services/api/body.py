@@ -5,6 +5,7 @@ from typing import Any, NoReturn
 
 from fastapi import Request
 
+from services.api.document import reference
 from services.contract.errors import LimitExceededError, SpecError, UnsupportedError
 from services.contract.spec import SweepSpec, parse_sweep, read_yaml
 
@@ -16,8 +17,7 @@ SWEEP_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
         "content": {
-            media_type: {"schema": {"$ref": "#/components/schemas/SweepSpec"}}
-            for media_type in ("application/json", "application/yaml")
+            media_type: {"schema": reference(SweepSpec)} for media_type in ("application/json", "application/yaml")
         },
     }
 }

@@ -63,7 +63,7 @@ def test_an_idempotency_key_has_a_length(api: ApiClient, spec: SweepSpec, key: s
     headers = JSON | {"Idempotency-Key": key}
     response = httpx.post(f"{api.url}/v1/sweeps", content=spec.model_dump_json(), headers=headers)
     assert response.status_code == 422
-    assert "header.idempotency-key" in response.json()["detail"]
+    assert "header.Idempotency-Key" in response.json()["detail"]
 
 
 def test_a_large_body_is_refused(api: ApiClient, store: Store) -> None:

@@ -1,16 +1,27 @@
 """Submitting, listing and cancelling sweeps over HTTP."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
 
+from services.api.app import create_app
 from services.contract.api_client import ApiClient
-from services.contract.errors import ConflictError, NotFoundError, SpecError, TeacherUnavailableError
+from services.contract.errors import (
+    ConflictError,
+    NotFoundError,
+    QueueUnavailableError,
+    SpecError,
+    TeacherUnavailableError,
+)
+from services.contract.settings import Settings
 from services.contract.spec import SweepSpec, expand
 from services.contract.states import State
+from services.store.queue import Queue, job_id
 from services.store.store import Store
-from tests.api.conftest import make_spec
+from tests.api.conftest import make_spec, running
 
 YAML = """\
 name: from-yaml
@@ -19,6 +30,10 @@ student: {model: owner/small-student}
 dataset: {path: demo_instructions}
 grid: {alpha: [0, 1.0], learning_rate: [1e-5]}
 """
+
+
+def unreachable(*_: object, **__: object) -> None:
+    raise TeacherUnavailableError("no teacher answers at 10.0.0.9:8442", fix="Start it.")
 
 
 def test_a_submitted_sweep_is_stored_with_its_runs(api: ApiClient, store: Store, spec: SweepSpec) -> None:
@@ -68,10 +83,7 @@ def test_a_wrong_specification_names_every_field(api: ApiClient, store: Store) -
 def test_an_unreachable_teacher_stops_the_submission(
     api: ApiClient, store: Store, monkeypatch: pytest.MonkeyPatch, spec: SweepSpec
 ) -> None:
-    def unreachable(*_: object, **__: object) -> None:
-        raise TeacherUnavailableError("no teacher answers at 10.0.0.9:8442", fix="Start it.")
-
-    monkeypatch.setattr("services.api.routes.sweeps.check_sweep", unreachable)
+    monkeypatch.setattr("services.api.preflight.grpc.insecure_channel", unreachable)
     with pytest.raises(TeacherUnavailableError, match=r"10\.0\.0\.9:8442"):
         api.submit_sweep(spec)
     assert store.sweeps().items == []
@@ -90,6 +102,33 @@ def test_one_idempotency_key_makes_one_sweep(api: ApiClient, store: Store, spec:
     assert {response.status_code for response in responses} == {201}
     assert len({response.json()["id"] for response in responses}) == 1
     assert len(store.sweeps().items) == 1
+
+
+def test_what_was_submitted_is_found_again_though_the_teacher_has_gone(
+    api: ApiClient, monkeypatch: pytest.MonkeyPatch, spec: SweepSpec
+) -> None:
+    first = api.submit_sweep(spec, idempotency_key="k")
+    monkeypatch.setattr("services.api.preflight.grpc.insecure_channel", unreachable)
+    assert api.submit_sweep(spec, idempotency_key="k") == first
+    with pytest.raises(TeacherUnavailableError):
+        api.submit_sweep(spec)
+
+
+def test_submitted_work_reaches_the_queue(api: ApiClient, queue: Queue, spec: SweepSpec) -> None:
+    runs = api.all_runs(api.submit_sweep(spec).id)
+    wanted = {job_id(run.stages[0].id, 1) for run in runs}
+    deadline = time.monotonic() + 10
+    while queue.waiting() != wanted and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert queue.waiting() == wanted
+
+
+def test_without_a_queue_nothing_is_stored(store: Store, settings: Settings, tmp_path: Path, spec: SweepSpec) -> None:
+    queue = Queue(f"unix://{tmp_path}/nothing.sock", retry_seconds=0)
+    with running(create_app(settings, store, queue)) as url, ApiClient(url) as api:
+        with pytest.raises(QueueUnavailableError, match=r"nothing\.sock"):
+            api.submit_sweep(spec)
+        assert api.sweeps().items == []
 
 
 def test_a_key_belongs_to_its_specification(api: ApiClient, spec: SweepSpec) -> None:

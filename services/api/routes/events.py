@@ -10,6 +10,7 @@ from fastapi.concurrency import run_in_threadpool
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from services.api.dependencies import StoreHere
+from services.api.document import reference
 from services.api.evidence import read_runs
 from services.contract.errors import SmoothKDError
 from services.contract.records import RunStatus, SweepEvent, SweepRecord
@@ -26,10 +27,15 @@ HEARTBEAT_SECONDS = 15
 @router.get(
     "/sweeps/{sweep_id}/events",
     response_class=EventSourceResponse,
-    responses={200: {"content": {"text/event-stream": {}}, "description": "Each event's data is a SweepEvent."}},
+    responses={
+        200: {
+            "description": "Each event's data is a SweepEvent.",
+            "content": {"text/event-stream": {"schema": reference(SweepEvent)}},
+        }
+    },
 )
-async def events(
-    sweep_id: str, store: StoreHere, last_event_id: Annotated[str | None, Header()] = None
+async def watch_sweep(
+    sweep_id: str, store: StoreHere, last_event_id: Annotated[str | None, Header(alias="Last-Event-ID")] = None
 ) -> EventSourceResponse:
     """Where the sweep stands, and again whenever that changed, until it has ended.
 

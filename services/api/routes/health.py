@@ -5,6 +5,7 @@ from collections.abc import Callable
 from fastapi import APIRouter
 
 from services.api.dependencies import QueueHere, StoreHere
+from services.api.document import PROBLEMS
 from services.contract.errors import SmoothKDError
 from services.contract.records import Readiness
 
@@ -19,13 +20,13 @@ class NotReadyError(SmoothKDError):
 
 
 @router.get("/healthz")
-async def healthz() -> dict[str, str]:
+async def get_health() -> dict[str, str]:
     """The process is alive; says nothing about what it depends on."""
     return {"status": "ok"}
 
 
-@router.get("/readyz")
-def readyz(store: StoreHere, queue: QueueHere) -> Readiness:
+@router.get("/readyz", responses={503: PROBLEMS["5XX"]})
+def get_readiness(store: StoreHere, queue: QueueHere) -> Readiness:
     """Store and queue answer; the problem otherwise says which does not."""
     checks = {"store": store.change_counter, "queue": queue.ping}
     failed = {name: error for name, check in checks.items() if (error := _failure(check))}

@@ -17,7 +17,7 @@ MAX_CASE_STUDIES = 100
 
 
 @router.get("/sweeps/{sweep_id}/summary")
-def summary(sweep_id: str, store: StoreHere) -> Summary:
+def get_summary(sweep_id: str, store: StoreHere) -> Summary:
     """SFT against every KD method: mean and standard deviation over learning rate, batch size and seed."""
     sweep = store.sweep(sweep_id)
     runs = read_runs(store, sweep_id)

@@ -14,19 +14,19 @@ Benchmark = Annotated[str | None, Query(description="Only this benchmark.")]
 
 
 @router.get("/runs/{run_id}")
-def show(run_id: str, store: StoreHere) -> RunRecord:
+def get_run(run_id: str, store: StoreHere) -> RunRecord:
     """One run with its stages."""
     return store.run(run_id)
 
 
 @router.get("/runs/{run_id}/metrics")
-def metrics(run_id: str, store: StoreHere, names: Names = None, after_step: AfterStep = -1) -> MetricList:
+def list_metrics(run_id: str, store: StoreHere, names: Names = None, after_step: AfterStep = -1) -> MetricList:
     """Training curves, by name, then step."""
     return MetricList(items=store.metrics(run_id, names=names, after_step=after_step))
 
 
 @router.get("/runs/{run_id}/generations")
-def generations(
+def list_generations(
     run_id: str, store: StoreHere, benchmark: Benchmark = None, limit: Limit = 50, cursor: Cursor = None
 ) -> GenerationPage:
     """The student's answers with their unsupported spans, by benchmark, then item."""
@@ -34,12 +34,12 @@ def generations(
 
 
 @router.get("/runs/{run_id}/scores")
-def scores(run_id: str, store: StoreHere) -> ScoreList:
+def list_scores(run_id: str, store: StoreHere) -> ScoreList:
     """The run's value of every benchmark and metric."""
     return ScoreList(items=store.scores(run_id))
 
 
 @router.get("/runs/{run_id}/artifacts")
-def artifacts(run_id: str, store: StoreHere) -> ArtifactList:
+def list_artifacts(run_id: str, store: StoreHere) -> ArtifactList:
     """Files and directories that the run left under the data directory."""
     return ArtifactList(items=store.artifacts(run_id))

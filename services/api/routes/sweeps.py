@@ -13,12 +13,15 @@ from services.contract.spec import SweepSpec, expand
 router = APIRouter(tags=["sweeps"])
 Body = Annotated[SweepSpec, Depends(read_sweep)]
 IdempotencyKey = Annotated[
-    str | None, Header(min_length=1, max_length=200, description="The same key makes the same sweep, once.")
+    str | None,
+    Header(
+        alias="Idempotency-Key", min_length=1, max_length=200, description="The same key makes the same sweep, once."
+    ),
 ]
 
 
 @router.post("/sweeps", status_code=201, openapi_extra=SWEEP_BODY)
-def submit(
+def submit_sweep(
     spec: Body,
     response: Response,
     settings: SettingsHere,
@@ -41,7 +44,7 @@ def submit(
 
 
 @router.post("/sweeps:validate", openapi_extra=SWEEP_BODY)
-def validate(spec: Body, settings: SettingsHere, probe: ProbeHere) -> SweepPlan:
+def validate_sweep(spec: Body, settings: SettingsHere, probe: ProbeHere) -> SweepPlan:
     """Check a sweep and show the runs it stands for; nothing is stored."""
     check_sweep(spec, settings=settings, probe=probe)
     return SweepPlan(
@@ -67,7 +70,7 @@ def list_sweeps(store: StoreHere, limit: Limit = 50, cursor: Cursor = None) -> S
 
 
 @router.get("/sweeps/{sweep_id}")
-def show(sweep_id: str, store: StoreHere) -> SweepRecord:
+def get_sweep(sweep_id: str, store: StoreHere) -> SweepRecord:
     """One sweep and the number of its runs in each state."""
     return store.sweep(sweep_id)
 
@@ -79,6 +82,6 @@ def list_runs(sweep_id: str, store: StoreHere, limit: Limit = 50, cursor: Cursor
 
 
 @router.post("/sweeps/{sweep_id}/cancel", status_code=202)
-def cancel(sweep_id: str, store: StoreHere) -> SweepRecord:
+def cancel_sweep(sweep_id: str, store: StoreHere) -> SweepRecord:
     """Stop a sweep: what is queued will not start, what is running ends soon."""
     return store.request_cancel(sweep_id)
