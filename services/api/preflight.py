@@ -33,9 +33,10 @@ class TeacherProbe(Protocol):
 
 
 def probe_teacher(address: str, *, model: str) -> wire.GetTeacherResponse:
-    """What the teacher says about ``model``, or about the model it serves instead.
+    """What the teacher says of itself, once it is certain to serve ``model``.
 
-    TeacherUnavailableError when nothing answers at ``address``, or what answers is not ready.
+    TeacherUnavailableError when nothing answers at ``address``, or what answers is not ready; HandshakeError
+    when it serves another model.
     """
     with grpc.insecure_channel(address) as channel:
         try:
@@ -45,25 +46,13 @@ def probe_teacher(address: str, *, model: str) -> wire.GetTeacherResponse:
                     f"the teacher at {address} is still starting, or stopping",
                     fix="Wait until it serves, then send the sweep again.",
                 )
-            return _ask(wire_grpc.TeacherServiceStub(channel), model=model)
+            return _ask(wire_grpc.TeacherServiceStub(channel), address=address, model=model)
         except grpc.RpcError as error:
             raise TeacherUnavailableError(
                 f"no teacher answers at {address} ({error.code().name}: {error.details()})",
                 fix=f"Start it with `smoothkd teacher --model {model}`, or set SMOOTHKD_TEACHER_ADDRESS.",
                 details={"address": address},
             ) from None
-
-
-def _ask(teacher: wire_grpc.TeacherServiceStub, *, model: str) -> wire.GetTeacherResponse:
-    answer: wire.GetTeacherResponse
-    try:
-        answer = teacher.GetTeacher(wire.GetTeacherRequest(model=model), timeout=PROBE_SECONDS)
-    except grpc.RpcError as error:
-        if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-            raise
-        # It does not offer this model; ask which one it does, so that the refusal can name it.
-        answer = teacher.GetTeacher(wire.GetTeacherRequest(), timeout=PROBE_SECONDS)
-    return answer
 
 
 def check_sweep(spec: SweepSpec, *, settings: Settings, probe: TeacherProbe = probe_teacher) -> None:
@@ -127,12 +116,6 @@ def _check_benchmark(benchmark: BenchmarkSpec, *, limit: int | None) -> None:
 
 
 def _check_teacher(spec: SweepSpec, wanted: TeacherSpec, teacher: wire.GetTeacherResponse, *, address: str) -> None:
-    if not _same_model(teacher.model, wanted.model):
-        raise HandshakeError(
-            f"teacher.model: the teacher at {address} serves {teacher.model}, not {wanted.model}",
-            fix=f"Start one with `smoothkd teacher --model {wanted.model}`, or name {teacher.model} in the sweep.",
-            details={"address": address, "serves": teacher.model},
-        )
     if wanted.revision and teacher.revision and wanted.revision != teacher.revision:
         raise HandshakeError(
             f"teacher.revision: the teacher at {address} serves revision {teacher.revision}, not {wanted.revision}",
@@ -163,6 +146,18 @@ def _check_teacher(spec: SweepSpec, wanted: TeacherSpec, teacher: wire.GetTeache
         )
 
 
-def _same_model(served: str, wanted: str) -> bool:
-    directory = Path(wanted).expanduser()
-    return served == wanted or (directory.is_dir() and Path(served).expanduser().resolve() == directory.resolve())
+def _ask(teacher: wire_grpc.TeacherServiceStub, *, address: str, model: str) -> wire.GetTeacherResponse:
+    answer: wire.GetTeacherResponse
+    try:
+        answer = teacher.GetTeacher(wire.GetTeacherRequest(model=model), timeout=PROBE_SECONDS)
+    except grpc.RpcError as error:
+        if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+            raise
+        # It knows best which names mean its model, and this one does not; ask for a name that does.
+        served = teacher.GetTeacher(wire.GetTeacherRequest(), timeout=PROBE_SECONDS).model
+        raise HandshakeError(
+            f"teacher.model: the teacher at {address} serves {served}, not {model}",
+            fix=f"Start one with `smoothkd teacher --model {model}`, or name {served} in the sweep.",
+            details={"address": address, "serves": served},
+        ) from None
+    return answer

@@ -124,16 +124,6 @@ def test_another_teacher_is_named() -> None:
     assert "serves big-teacher, not other" in error.what
 
 
-def test_a_local_teacher_is_known_by_its_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "teacher").mkdir()
-    monkeypatch.chdir(tmp_path)
-    answer = wire.GetTeacherResponse()
-    answer.CopyFrom(TEACHER)
-    answer.model = str(tmp_path / "teacher")
-    with serving(answer) as address:
-        check_sweep(make_spec(teacher={"model": "./teacher"}), settings=Settings(teacher_address=address, offline=True))
-
-
 @pytest.mark.parametrize(
     ("changes", "error", "hint"),
     [

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator
 from typing import Annotated
 
@@ -21,6 +22,8 @@ from services.store.store import Store
 log = logging.getLogger(__name__)
 router = APIRouter(tags=["sweeps"])
 POLL_SECONDS = 0.5
+SHARE = 10
+"""A connection pauses this many times as long as it read, so that a sweep of 1,000 runs cannot fill a processor."""
 HEARTBEAT_SECONDS = 15
 
 
@@ -50,25 +53,26 @@ async def follow(
     store: Store, sweep_id: str, *, last_event_id: str | None = None, poll_seconds: float = POLL_SECONDS
 ) -> AsyncIterator[ServerSentEvent]:
     """The events of one connection. Between changes it reads a single number from the store."""
-    counter, told_id, told = -1, last_event_id, dict[str, RunStatus]()
+    counter, told_id, told, pause = -1, last_event_id, dict[str, RunStatus](), poll_seconds
     while True:
         try:
             now = await run_in_threadpool(store.change_counter)
             if now != counter:
-                counter = now
+                counter, started = now, time.monotonic()
                 sweep, runs = await run_in_threadpool(_read, store, sweep_id)
                 event_id = _event_id(sweep, runs)
                 if event_id != told_id:
                     event = _event(sweep, [run for run in runs if told.get(run.id) != run])
                     yield ServerSentEvent(event.model_dump_json(), event="sweep", id=event_id)
                 told_id, told = event_id, {run.id: run for run in runs}
+                pause = max(poll_seconds, SHARE * (time.monotonic() - started))
                 if sweep.state in ENDED:
                     return
         except SmoothKDError as error:
             # The answer has begun and cannot become a problem any more; the client comes back and is told then.
             log.warning("the events of sweep %s stop: %s", sweep_id, error.what)
             return
-        await asyncio.sleep(poll_seconds)
+        await asyncio.sleep(pause)
 
 
 def _read(store: Store, sweep_id: str) -> tuple[SweepRecord, list[RunStatus]]:
