@@ -84,7 +84,7 @@ def serve(settings: Settings) -> None:
     with (
         _listen(settings.api_host, settings.api_port) as listener,
         closing(Store(settings.resolved_database_url)) as store,
-        closing(Queue(settings.redis_url, retry_seconds=QUEUE_RETRY_SECONDS)) as queue,
+        closing(Queue(settings.resolved_redis_url, retry_seconds=QUEUE_RETRY_SECONDS)) as queue,
     ):
         config = uvicorn.Config(
             create_app(settings, store, queue), log_config=LOGGING, timeout_graceful_shutdown=GRACE_SECONDS
