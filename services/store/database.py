@@ -12,9 +12,10 @@ from typing import Any
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, Engine, create_engine, event, text
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError, InterfaceError, OperationalError
 
 from services.contract.errors import InvalidInputError, MissingExtraError, StoreUnavailableError
 
@@ -81,9 +82,20 @@ class Database:
             ) from error
 
     def _migrate(self) -> None:
+        scripts = ScriptDirectory.from_config(migration_config())
+        with self.reading() as connection:
+            revision = _revision(connection)
+        if revision == scripts.get_current_head():
+            return
+        if revision is not None and revision not in {script.revision for script in scripts.walk_revisions()}:
+            raise InvalidInputError(
+                f"the database was written by a newer release of smoothkd (its schema is {revision})",
+                fix="Install that release, or point SMOOTHKD_DATABASE_URL or SMOOTHKD_DATA_DIR elsewhere.",
+            )
         with self.writing() as connection:
             if self.is_postgresql:
                 connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": MIGRATION_LOCK})
+            # Looks at the revision again: another process may have migrated while this one waited its turn.
             command.upgrade(migration_config(connection), "head")
 
 
@@ -94,6 +106,13 @@ def migration_config(connection: Connection | None = None) -> Config:
     config.set_main_option("path_separator", "os")
     config.attributes["connection"] = connection
     return config
+
+
+def _revision(connection: Connection) -> str | None:
+    """The newest migration that the database has seen."""
+    if not inspect(connection).has_table("alembic_version"):
+        return None
+    return connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
 
 
 def _checked_url(url: str) -> URL:
@@ -139,4 +158,5 @@ def _begin_sqlite(connection: Connection) -> None:
 
 
 def _means_unavailable(error: DBAPIError) -> bool:
-    return error.connection_invalidated or type(error).__name__ in ("OperationalError", "InterfaceError")
+    # The bare DatabaseError is SQLite's for a file that is damaged or no database; other errors are its subclasses.
+    return error.connection_invalidated or type(error) in (OperationalError, InterfaceError, DatabaseError)

@@ -10,6 +10,7 @@ from typing import Any
 from sqlalchemy import Connection, Table, select, update
 from sqlalchemy.exc import IntegrityError
 
+from services.contract.errors import InvalidInputError
 from services.contract.records import (
     Artifact,
     Generation,
@@ -31,6 +32,8 @@ from services.store.stages import Attempt
 
 __all__ = ["Attempt", "Store"]
 
+MAX_IDEMPOTENCY_KEY = 255
+
 
 class Store:
     """Sweeps, runs, stages and results in SQLite or PostgreSQL, migrated to the newest schema on opening.
@@ -51,6 +54,11 @@ class Store:
         With an ``idempotency_key`` that was used before: the sweep it made then, or ConflictError when that
         was of another specification.
         """
+        if idempotency_key is not None and not 1 <= len(idempotency_key) <= MAX_IDEMPOTENCY_KEY:
+            raise InvalidInputError(
+                f"an idempotency key has 1 to {MAX_IDEMPOTENCY_KEY} characters, not {len(idempotency_key)}",
+                fix="Send a UUID, for example.",
+            )
         try:
             with self._database.writing() as connection:
                 sweep_id = _known_sweep(connection, spec, idempotency_key)
