@@ -16,10 +16,11 @@ from services.contract.errors import (
     UnsupportedError,
 )
 from services.contract.settings import Settings
-from services.contract.spec import SUMMARISATION, BenchmarkSpec, SweepSpec, TeacherSpec
+from services.contract.spec import SUMMARISATION, BenchmarkSpec, StudentSpec, SweepSpec, TeacherSpec
 from services.contract.teacher.v1 import teacher_service_pb2 as wire
 from services.contract.teacher.v1 import teacher_service_pb2_grpc as wire_grpc
-from services.datasets.reading import check_dataset, load_items
+from services.datasets.reading import check_dataset, check_items
+from services.models.directory import check_model_directory, is_path
 
 MAX_RUNS = 10_000
 PROBE_SECONDS = 3.0
@@ -58,8 +59,8 @@ def probe_teacher(address: str, *, model: str) -> wire.GetTeacherResponse:
 def check_sweep(spec: SweepSpec, *, settings: Settings, probe: TeacherProbe = probe_teacher) -> None:
     """Raises the first thing that would make the sweep fail, cheapest checks first; stores nothing.
 
-    The size of the grid, the release's abilities, local model directories, the data set and its columns,
-    benchmark files, and the teacher where the sweep needs one.
+    The size of the grid, the release's abilities, a local student's directory, the data set and its columns,
+    benchmarks, and the teacher where the sweep needs one.
     """
     _check_size(spec)
     if spec.teacher is not None and spec.teacher.finetune is not None:
@@ -67,10 +68,10 @@ def check_sweep(spec: SweepSpec, *, settings: Settings, probe: TeacherProbe = pr
             "teacher.finetune: this release does not fine-tune the teacher within a sweep",
             fix="Fine-tune it first with `smoothkd train`, then name the directory as teacher.model.",
         )
-    _check_model(spec.student.model, field="student.model")
+    _check_student(spec.student)
     check_dataset(spec.dataset, offline=settings.offline)
     for benchmark in spec.evaluation.benchmarks:
-        _check_benchmark(benchmark, limit=spec.evaluation.limit)
+        _check_benchmark(benchmark, limit=spec.evaluation.limit, offline=settings.offline)
     decodes = spec.distillation.level != "word"
     if spec.teacher is not None and (decodes or max(spec.grid.alpha) > 0):
         address = settings.resolved_teacher_address
@@ -87,32 +88,25 @@ def _check_size(spec: SweepSpec) -> None:
         )
 
 
-def _check_model(name: str, *, field: str) -> None:
-    directory = Path(name).expanduser()
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+def _check_student(student: StudentSpec) -> None:
+    directory = Path(student.model).expanduser()
     if directory.is_dir():
-        if not (directory / "config.json").is_file():
-            raise ModelNotFoundError(
-                f"{field}: {directory} is not a model: it lacks config.json",
-                fix="Name a directory that save_pretrained wrote.",
-            )
-    elif looks_local:
+        check_model_directory(directory, revision=student.revision)
+    elif is_path(student.model):
         raise ModelNotFoundError(
-            f"{field}: there is no directory {name} (looked from {Path.cwd()})",
+            f"student.model: there is no directory {student.model} (looked from {Path.cwd()})",
             fix="Correct the path, or use a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct.",
         )
 
 
-def _check_benchmark(benchmark: BenchmarkSpec, *, limit: int | None) -> None:
-    if benchmark.path is None:
-        return
-    if not Path(benchmark.path).expanduser().is_file():
+def _check_benchmark(benchmark: BenchmarkSpec, *, limit: int | None, offline: bool) -> None:
+    if benchmark.path is not None and not Path(benchmark.path).expanduser().is_file():
         raise DatasetError(
             f"evaluation.benchmarks: there is no file {benchmark.path} for {benchmark.name} (looked from {Path.cwd()})",
             fix=f"Correct the path, or leave it out to use {benchmark.name}'s own data.",
         )
     if benchmark.name in SUMMARISATION:
-        load_items(benchmark, limit=limit, offline=True)
+        check_items(benchmark, limit=limit, offline=offline)
 
 
 def _check_teacher(spec: SweepSpec, wanted: TeacherSpec, teacher: wire.GetTeacherResponse, *, address: str) -> None:

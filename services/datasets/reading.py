@@ -114,6 +114,19 @@ def load_items(spec: BenchmarkSpec, *, limit: int | None = None, offline: bool =
     return list(items.values())
 
 
+def check_items(spec: BenchmarkSpec, *, limit: int | None = None, offline: bool = False) -> None:
+    """Raises DatasetError for what can be known about a summarisation benchmark before any work starts.
+
+    Like ``check_dataset``: local items are read, the hub is only asked.
+    """
+    benchmark = _BENCHMARKS[spec.name]
+    path = spec.path or benchmark.path
+    if path in SHIPPED or is_local(path):
+        load_items(spec, limit=limit)
+    else:
+        check_hub(path, config=benchmark.config, split=benchmark.split, offline=offline)
+
+
 def _rows(path: str, *, split: str, offline: bool, config: str | None = None) -> Iterator[Row]:
     if path in SHIPPED:
         return local_rows(SHIPPED_DIR / f"{path}.jsonl")

@@ -143,14 +143,14 @@ def _load(path: str, *, config: str | None, split: str, unreachable: str | None)
     return data
 
 
-def check_hub(path: str, *, split: str, offline: bool) -> None:
+def check_hub(path: str, *, split: str, offline: bool, config: str | None = None) -> None:
     """Raises DatasetError when the hub has no such data set, or cannot be asked and the local cache has no copy.
 
     Where the datasets library is absent, as in a bare API server, the cache is the workers' affair: only a warning.
     """
     unreachable = _why_unreachable(path, offline=offline)
     if unreachable and importlib.util.find_spec("datasets"):
-        _load(path, config=None, split=split, unreachable=unreachable)
+        _load(path, config=config, split=split, unreachable=unreachable)
     elif unreachable:
         log.warning("cannot tell whether the data set %s exists: %s", path, unreachable)
 

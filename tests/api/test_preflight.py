@@ -98,6 +98,15 @@ def test_benchmark_files_are_checked(tmp_path: Path) -> None:
         assert hint in refusal(spec, error=DatasetError).what
 
 
+def test_a_benchmark_of_the_hub_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(path: str, *, config: str, split: str, offline: bool) -> None:
+        raise DatasetError(f"no {path} {config} {split} {offline}", fix="Name a local file.")
+
+    monkeypatch.setattr("services.datasets.reading.check_hub", absent)
+    spec = make_spec(evaluation={"benchmarks": ["arc_easy", "cnn_dailymail"]})
+    assert refusal(spec, error=DatasetError).what == "no abisee/cnn_dailymail 3.0.0 test True"
+
+
 def test_no_teacher_at_the_address() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"

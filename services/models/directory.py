@@ -1,0 +1,38 @@
+"""What a model's directory must hold. Light: it needs neither torch nor a hub library."""
+
+from pathlib import Path
+
+from services.contract.errors import ModelNotFoundError
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def is_path(name: str) -> bool:
+    """Whether a model's name can only mean a directory, for a hub id has the form owner/name."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def check_model_directory(directory: Path, *, revision: str | None) -> Path:
+    """``directory``, which holds a whole model; ModelNotFoundError says what it lacks."""
+    if revision is not None:
+        raise ModelNotFoundError(
+            f"{directory} is a local directory, which has no revision {revision}",
+            fix="Remove the revision, or name the model by its hub id.",
+        )
+    if (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file():
+        raise ModelNotFoundError(
+            f"{directory} holds a LoRA adapter, not a whole model", fix="Merge it into its base model first."
+        )
+    missing = []
+    if not (directory / "config.json").is_file():
+        missing.append("config.json")
+    if not any(directory.glob("*.safetensors")) and not any(directory.glob("pytorch_model*.bin")):
+        missing.append("weights (*.safetensors)")
+    if not any((directory / file).is_file() for file in TOKENIZER_FILES):
+        missing.append("a tokenizer (tokenizer.json)")
+    if missing:
+        raise ModelNotFoundError(
+            f"{directory} is not a model: it lacks {', '.join(missing)}",
+            fix="Name a directory that save_pretrained wrote for both model and tokenizer.",
+        )
+    return directory
