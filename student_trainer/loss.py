@@ -20,23 +20,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from student_trainer.output_head import OutputHead, project
+
 MIN_TAIL_MASS = 1e-6
 """A ghost bucket below this mass is dropped: the logarithm of what the student leaves for it is mostly rounding."""
 
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class OutputHead:
-    """logits = soft_cap * tanh((hidden @ weight.T + bias) * logit_scale / soft_cap); no cap where soft_cap is 0.
-
-    Rows of the vocabulary's padding may follow the tokens' own.
-    """
-
-    weight_RD: Tensor
-    bias_R: Tensor | None = None
-    logit_scale: float = 1.0
-    soft_cap: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -159,7 +148,7 @@ class _FusedLoss(torch.autograd.Function):
             for start in range(0, len(hidden_ND), job.chunk_size):
                 rows = slice(start, start + job.chunk_size)
                 hidden_CD = hidden_ND[rows].to(job.matmul_dtype)
-                logits_CV = _logits(hidden_CD, weight_VD, bias_V, job.logit_scale, job.soft_cap, sums_dtype)
+                logits_CV = project(hidden_CD, weight_VD, bias_V, job.logit_scale, job.soft_cap, sums_dtype)
                 hard_C, soft_C, grad_CV = _chunk_loss(logits_CV, rows, job, teacher)
                 hard = hard + hard_C.sum()
                 soft = soft + soft_C.sum()
@@ -197,24 +186,6 @@ def _add_product(sum_VD: Tensor, left_VC: Tensor, right_CD: Tensor) -> None:
         sum_VD.addmm_(left_VC, right_CD)
     else:
         sum_VD += left_VC @ right_CD
-
-
-def _logits(
-    hidden_CD: Tensor,
-    weight_VD: Tensor,
-    bias_V: Tensor | None,
-    logit_scale: float,
-    soft_cap: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    logits_CV = (hidden_CD @ weight_VD.T).to(dtype)
-    if bias_V is not None:
-        logits_CV += bias_V.to(dtype)
-    if logit_scale != 1.0:
-        logits_CV *= logit_scale
-    if soft_cap:
-        logits_CV = logits_CV.div_(soft_cap).tanh_().mul_(soft_cap)
-    return logits_CV
 
 
 def _chunk_loss(logits_CV: Tensor, rows: slice, job: _Job, teacher: "_TeacherChunks") -> tuple[Tensor, Tensor, Tensor]:
@@ -267,7 +238,7 @@ class _TeacherChunks:
         if isinstance(targets, ExactTargets):
             hidden_CE = targets.hidden_NE[rows].to(self.job.matmul_dtype)
             head = targets.head
-            scores_CV = _logits(hidden_CE, self.weight_VE, self.bias_V, head.logit_scale, head.soft_cap, self.dtype)
+            scores_CV = project(hidden_CE, self.weight_VE, self.bias_V, head.logit_scale, head.soft_cap, self.dtype)
         else:
             assert isinstance(targets, FullTargets)
             scores_CV = targets.logprobs_NV[rows, : self.job.vocab_size].to(self.dtype)

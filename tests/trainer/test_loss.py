@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from student_trainer.loss import ExactTargets, FullTargets, OutputHead, TopKTargets, distillation_loss
+from student_trainer.loss import ExactTargets, FullTargets, TopKTargets, distillation_loss
+from student_trainer.output_head import OutputHead
 
 
 def plain_logits(hidden: Tensor, head: OutputHead, vocab_size: int) -> Tensor:

@@ -1,0 +1,86 @@
+"""A run's specification in the words of transformers' Trainer."""
+
+import math
+from pathlib import Path
+
+import torch
+from accelerate import PartialState  # type: ignore[import-untyped]
+from transformers import TrainingArguments
+
+from services.contract.errors import SpecError, UnsupportedError
+from services.contract.spec import RunSpec
+
+MATMUL_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+MOST_POINTS = 1000
+"""Points of a metric's curve; runs of more steps log every few."""
+
+CHECKPOINTS_KEPT = 2
+
+
+def training_arguments(spec: RunSpec, checkpoints: Path, *, steps: int) -> TrainingArguments:
+    """``steps``: what ``optimizer_steps`` says. UnsupportedError for fp16 without a GPU."""
+    training = spec.training
+    if training.precision == "fp16" and training_device().type != "cuda":
+        raise UnsupportedError("precision fp16 needs a GPU", fix="Set training.precision to fp32 or bf16.")
+    micro_batch_size = micro_batch(spec)
+    return TrainingArguments(
+        output_dir=str(checkpoints),
+        seed=spec.seed,
+        data_seed=spec.seed,
+        num_train_epochs=training.epochs,
+        per_device_train_batch_size=micro_batch_size,
+        gradient_accumulation_steps=spec.batch_size // (micro_batch_size * PartialState().num_processes),
+        learning_rate=spec.learning_rate,
+        lr_scheduler_type=training.lr_scheduler,
+        warmup_steps=math.ceil(steps * training.warmup_ratio),
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        bf16=training.precision == "bf16",
+        fp16=training.precision == "fp16",
+        gradient_checkpointing=training.gradient_checkpointing,
+        save_strategy="steps",
+        save_steps=training.checkpoint_steps,
+        save_total_limit=CHECKPOINTS_KEPT,
+        logging_strategy="steps",
+        logging_steps=math.ceil(steps / MOST_POINTS),
+        # A loss that is not finite stops the run; the library would show the mean of the others instead.
+        logging_nan_inf_filter=False,
+        report_to=list(training.report_to) or "none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=training_device().type == "cuda",
+    )
+
+
+def micro_batch(spec: RunSpec) -> int:
+    """Records that go through the model at once, in each process.
+
+    Without ``micro_batch_size`` that is all of them, but on a CPU one: there nothing is gained by more, and padding
+    costs a quarter.
+    """
+    ranks: int = PartialState().num_processes
+    if spec.batch_size % ranks:
+        raise SpecError(
+            f"batch_size {spec.batch_size} cannot be shared by {ranks} processes",
+            fix=f"Choose a multiple of {ranks}, or fewer processes.",
+        )
+    share = spec.batch_size // ranks
+    size = min(spec.training.micro_batch_size or (1 if training_device().type == "cpu" else share), share)
+    if share % size:
+        raise SpecError(
+            f"micro_batch_size {size} does not divide the {share} records of each process",
+            fix="Choose a divisor.",
+        )
+    return size
+
+
+def optimizer_steps(spec: RunSpec, *, examples: int) -> int:
+    """Optimizer steps of the whole run."""
+    return math.ceil(examples / spec.batch_size) * spec.training.epochs
+
+
+def training_device() -> torch.device:
+    """Where this process trains."""
+    device: torch.device = PartialState().device
+    return device

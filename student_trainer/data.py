@@ -1,0 +1,85 @@
+"""Records as tokens: prompt and response, of which only the response is learnt.
+
+Shape suffixes: B sequences, T tokens, N response tokens of the batch.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from services.contract.errors import DatasetError
+from services.contract.prompt import Tokenizer, encode_record
+
+log = logging.getLogger(__name__)
+
+NOT_LEARNT = -100
+"""Marks tokens outside responses in ``labels``, as transformers counts them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """``index``: the record's place in the data set, from 0; the response starts at ``prompt_length``."""
+
+    index: int
+    token_ids: list[int]
+    prompt_length: int
+
+    @property
+    def response_positions(self) -> range:
+        return range(self.prompt_length, len(self.token_ids))
+
+
+def encode_examples(records: Sequence[Mapping[str, str]], tokenizer: Tokenizer, *, max_length: int) -> list[Example]:
+    """One example per record that fits into ``max_length`` tokens; those that do not are left out with a warning.
+
+    DatasetError when none fits.
+    """
+    examples, longest, too_long = [], 0, 0
+    for index, record in enumerate(records):
+        prompt_ids, response_ids = encode_record(tokenizer, record)
+        if len(prompt_ids) + len(response_ids) <= max_length:
+            examples.append(Example(index=index, token_ids=[*prompt_ids, *response_ids], prompt_length=len(prompt_ids)))
+        else:
+            too_long += 1
+            longest = max(longest, len(prompt_ids) + len(response_ids))
+    if not examples:
+        raise DatasetError(
+            f"none of {len(records)} records fits into {max_length} tokens; the longest has {longest}",
+            fix="Raise training.max_length, within what the model and the teacher accept.",
+        )
+    if too_long:
+        log.warning(
+            "left out %d of %d records: with prompt and response they exceed %d tokens (the longest has %d)",
+            too_long,
+            len(records),
+            max_length,
+            longest,
+        )
+    return examples
+
+
+def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
+    """A batch, padded on the right.
+
+    ``input_ids`` and ``attention_mask`` [B, T]; ``labels`` [B, T] with NOT_LEARNT outside responses; ``predictor_N``:
+    where in the flattened B*T the hidden state lies that predicts each response token; ``record_B``: their indices.
+    """
+    longest = max(len(example.token_ids) for example in examples)
+    input_ids_BT = torch.zeros(len(examples), longest, dtype=torch.int64)
+    attention_mask_BT = torch.zeros_like(input_ids_BT)
+    labels_BT = torch.full_like(input_ids_BT, NOT_LEARNT)
+    for row, example in enumerate(examples):
+        length = len(example.token_ids)
+        input_ids_BT[row, :length] = torch.tensor(example.token_ids)
+        attention_mask_BT[row, :length] = 1
+        labels_BT[row, example.prompt_length : length] = input_ids_BT[row, example.prompt_length : length]
+    return {
+        "input_ids": input_ids_BT,
+        "attention_mask": attention_mask_BT,
+        "labels": labels_BT,
+        "predictor_N": (labels_BT != NOT_LEARNT).flatten().nonzero().squeeze(1) - 1,
+        "record_B": torch.tensor([example.index for example in examples]),
+    }

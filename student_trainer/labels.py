@@ -1,0 +1,134 @@
+"""Where soft labels enter: asked for a few batches ahead of the step that needs them, and matched by id.
+
+Shape suffixes: N response tokens of a batch, K kept tokens, E the teacher's hidden size, V vocabulary.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import ml_dtypes
+import numpy as np
+import torch
+
+from services.contract.errors import CancelledError
+from services.contract.sequences import LabelOptions, TokenSequence
+from services.contract.soft_labels import Array, ExactLabels, FullLabels, ScoredSequence, SoftLabels, TopKLabels
+from student_trainer.data import Example
+from student_trainer.loss import ExactTargets, FullTargets, SoftTargets, TopKTargets
+from student_trainer.output_head import OutputHead
+from student_trainer.teacher_client import TeacherClient
+
+REQUESTS_AT_ONCE = 4
+"""Batches under way at the teacher; it scores sequences of several requests together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    ids: list[str]
+    answer: Future[dict[str, ScoredSequence]]
+
+
+class LabelPrefetcher:
+    """Asks the teacher for batches in the background and hands each over when its step comes.
+
+    What goes wrong at the teacher is raised by ``take``; ``waited_seconds`` counts the time that ``take`` waits.
+    Leaving it as a context closes the client, which ends the requests under way.
+    """
+
+    def __init__(
+        self, client: TeacherClient, *, options: LabelOptions, should_stop: Callable[[], bool] = lambda: False
+    ) -> None:
+        self.waited_seconds = 0.0
+        self._client = client
+        self._options = options
+        self._should_stop = should_stop
+        self._threads = ThreadPoolExecutor(REQUESTS_AT_ONCE, thread_name_prefix="labels")
+        self._asked: dict[int, _Asked] = {}
+        self._tickets = itertools.count()
+
+    def __enter__(self) -> "LabelPrefetcher":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the requests under way and the threads that make them."""
+        self._client.close()
+        self._threads.shutdown(cancel_futures=True)
+
+    def request(self, examples: Sequence[Example]) -> int:
+        """Ask for a batch; returns the ticket that ``take`` wants."""
+        ticket = next(self._tickets)
+        # A record may be under way twice, at the end of one epoch and the start of the next.
+        sequences = [label_request(example, id=f"{ticket}.{example.index}") for example in examples]
+        answer = self._threads.submit(self._score, sequences)
+        self._asked[ticket] = _Asked(ids=[sequence.id for sequence in sequences], answer=answer)
+        return ticket
+
+    def take(self, ticket: int) -> list[ScoredSequence]:
+        """The batch's labels in its order, once. CancelledError when the run is to stop meanwhile."""
+        asked = self._asked.pop(ticket)
+        started = time.monotonic()
+        try:
+            while True:
+                try:
+                    scored = asked.answer.result(timeout=0.2)
+                except TimeoutError:
+                    if asked.answer.done():
+                        raise
+                    if self._should_stop():
+                        raise CancelledError("stopped while waiting for the teacher's labels") from None
+                else:
+                    return [scored[id] for id in asked.ids]
+        finally:
+            self.waited_seconds += time.monotonic() - started
+
+    def _score(self, sequences: list[TokenSequence]) -> dict[str, ScoredSequence]:
+        return {scored.id: scored for scored in self._client.score(sequences, self._options)}
+
+
+def label_request(example: Example, *, id: str) -> TokenSequence:
+    """What to ask for an example: its tokens, labelled where its response stands."""
+    return TokenSequence(id=id, token_ids=example.token_ids, label_positions=example.response_positions)
+
+
+def soft_targets(labels: Sequence[SoftLabels], *, teacher_head: OutputHead | None, device: torch.device) -> SoftTargets:
+    """The labels of a batch, joined along N in the batch's order, on the student's device."""
+    if isinstance(labels[0], ExactLabels):
+        assert teacher_head is not None, "exact labels need the teacher's head"
+        exact = _all_of(ExactLabels, labels)
+        return ExactTargets(hidden_NE=_join([part.hidden_ND for part in exact], device), head=teacher_head)
+    if isinstance(labels[0], TopKLabels):
+        top_k = _all_of(TopKLabels, labels)
+        return TopKTargets(
+            ids_NK=_join([part.ids_NK for part in top_k], device).long(),
+            logprobs_NK=_join([part.logprobs_NK for part in top_k], device),
+            tail_mass_N=_join([part.tail_mass_N for part in top_k], device),
+        )
+    full = _all_of(FullLabels, labels)
+    return FullTargets(logprobs_NV=_join([part.logprobs_NV for part in full], device))
+
+
+def as_tensor(array: Array) -> torch.Tensor:
+    """A tensor of the same type, bfloat16 included. The array must be writable, or a copy that nobody else holds."""
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+Labels = TypeVar("Labels", ExactLabels, TopKLabels, FullLabels)
+
+
+def _all_of(kind: type[Labels], labels: Sequence[SoftLabels]) -> list[Labels]:
+    chosen = [part for part in labels if isinstance(part, kind)]
+    assert len(chosen) == len(labels), "a batch has labels of one encoding"
+    return chosen
+
+
+def _join(arrays: Sequence[Array], device: torch.device) -> torch.Tensor:
+    return as_tensor(np.concatenate(arrays)).to(device, non_blocking=True)

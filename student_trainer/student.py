@@ -1,0 +1,129 @@
+"""The student: its model and tokenizer, its output head, and its final hidden states.
+
+Shape suffixes: B sequences, T tokens, D hidden size, R rows of the head, V vocabulary.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from services.contract.errors import UnsupportedError
+from services.contract.settings import Settings
+from services.contract.spec import StudentSpec
+from services.models.logit_shape import logit_scale, soft_cap
+from services.models.resolve import resolve_model
+from student_trainer.output_head import OutputHead, output_logits
+
+PROBE_TOLERANCE = 1e-3
+"""How far recomputed logits may lie from the model's own, as a share of their largest magnitude."""
+
+
+def load_tokenizer(spec: StudentSpec, settings: Settings) -> PreTrainedTokenizerBase:
+    """The student's tokenizer. ModelNotFoundError where there is no such model."""
+    directory = resolve_model(spec.model, revision=spec.revision, settings=settings)
+    return AutoTokenizer.from_pretrained(directory)
+
+
+def load_student(spec: StudentSpec, settings: Settings, *, vocab_size: int) -> PreTrainedModel:
+    """The student's model with float32 weights, ready to train.
+
+    UnsupportedError when its logits are not those of one output head that covers ``vocab_size`` tokens.
+    """
+    directory = resolve_model(spec.model, revision=spec.revision, settings=settings)
+    transformers_logging.disable_progress_bar()
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    _make_generation_config_savable(model)
+    check_head(model, vocab_size=vocab_size)
+    return model
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The highest token id plus 1; rows of the head beyond it are padding."""
+    return int(max(tokenizer.get_vocab().values())) + 1
+
+
+def longest_sequence(model: PreTrainedModel) -> int | None:
+    """The most tokens that the model has positions for; None where any number will do."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(positions) if positions else None
+
+
+def save_student(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, *, dtype: torch.dtype
+) -> None:
+    """Model, tokenizer and generation settings, as ``transformers`` and ``vllm serve`` load them."""
+    torch.nn.Module.to(model, dtype)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def output_head(model: PreTrainedModel) -> OutputHead:
+    """The model's own parameters, so that gradients reach them."""
+    layer: Any = model.get_output_embeddings()
+    config = model.config.get_text_config().to_dict()
+    return OutputHead(
+        weight_RD=layer.weight,
+        bias_R=getattr(layer, "bias", None),
+        logit_scale=logit_scale(config),
+        soft_cap=soft_cap(config),
+    )
+
+
+def final_hidden_states(model: torch.nn.Module, *, head_layer: torch.nn.Module, **inputs: Tensor) -> Tensor:
+    """What the output head receives, [B, T, D], from a forward pass that spares the head all positions but the first.
+
+    ``model`` may be wrapped (DDP, autocast): its own forward runs, and ``head_layer`` is the unwrapped model's.
+    """
+    captured: list[Tensor] = []
+
+    def capture(_: torch.nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        captured.append(arguments[0])
+        return (arguments[0][:, :1], *arguments[1:])
+
+    handle = head_layer.register_forward_pre_hook(capture)
+    try:
+        model(**inputs, use_cache=False)
+    finally:
+        handle.remove()
+    (hidden_BTD,) = captured
+    return hidden_BTD
+
+
+def check_head(model: PreTrainedModel, *, vocab_size: int) -> None:
+    """UnsupportedError unless hidden states and ``output_head`` give the very logits that the model gives."""
+    layer: Any = model.get_output_embeddings()
+    name = type(model).__name__
+    if layer is None or not hasattr(layer, "weight"):
+        raise UnsupportedError(f"{name} has no output head", fix="Choose a causal language model as the student.")
+    if layer.weight.shape[0] < vocab_size:
+        raise UnsupportedError(
+            f"the tokenizer has {vocab_size} ids, the student's output head only {layer.weight.shape[0]} rows",
+            fix="Use the tokenizer that belongs to the model, or resize the model's embeddings.",
+        )
+    was_training = model.training
+    model.eval()
+    ids_BT = torch.arange(min(8, vocab_size), device=layer.weight.device).unsqueeze(0)
+    with torch.no_grad():
+        expected_BTV = model(input_ids=ids_BT, use_cache=False).logits[..., :vocab_size].float()
+        hidden_BTD = final_hidden_states(model, head_layer=layer, input_ids=ids_BT)
+        found_NV = output_logits(hidden_BTD.flatten(0, 1), head=output_head(model), vocab_size=vocab_size)
+    model.train(was_training)
+    error = (found_NV - expected_BTV.flatten(0, 1)).abs().max() / expected_BTV.abs().max().clamp_min(1e-6)
+    if not error <= PROBE_TOLERANCE:
+        raise UnsupportedError(
+            f"{name} does something to its logits that this release does not know: they differ by {error:.2%}",
+            fix="Choose a student of another architecture, such as Llama, Qwen, Gemma, Mistral or GPT-NeoX.",
+        )
+
+
+def _make_generation_config_savable(model: PreTrainedModel) -> None:
+    # Some published models sample by temperature without saying do_sample; saving such a model is refused.
+    if model.generation_config is not None:
+        try:
+            model.generation_config.validate(strict=True)
+        except ValueError:
+            model.generation_config.do_sample = True

@@ -1,0 +1,142 @@
+"""One run, from its specification to the final model: ``smoothkd train`` and a sweep's TRAIN stages."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+
+from services.contract.errors import CancelledError, TrainingError
+from services.contract.records import MetricPoint
+from services.contract.settings import Settings
+from services.contract.spec import DatasetSpec, RunSpec
+from services.datasets.reading import load_records
+from student_trainer.arguments import MATMUL_DTYPES, optimizer_steps, training_arguments, training_device
+from student_trainer.data import Example, encode_examples
+from student_trainer.decode import decode_responses
+from student_trainer.labels import LabelPrefetcher
+from student_trainer.progress import Progress
+from student_trainer.run_directory import RunDirectory
+from student_trainer.student import load_student, load_tokenizer, longest_sequence, save_student, vocabulary_size
+from student_trainer.teacher import Teacher, connect_teacher
+from student_trainer.trainer import DistillationTrainer, Objective
+from student_trainer.watcher import Watcher, stop_on_signals
+
+log = logging.getLogger(__name__)
+
+
+def train(
+    spec: RunSpec,
+    *,
+    out: Path,
+    settings: Settings,
+    on_metrics: Callable[[Sequence[MetricPoint]], None] = lambda points: None,
+    on_progress: Callable[[float], None] = lambda share: None,
+    should_stop: Callable[[], bool] = lambda: False,
+    before_rename: Callable[[], None] = lambda: None,
+) -> Path:
+    """Train the student of ``spec`` and return the directory of its final model, ``out/model``.
+
+    A run that was interrupted goes on from its newest whole checkpoint, to the same weights; one that has ended is
+    not trained again. ``on_metrics`` receives each step's values, ``on_progress`` the share done, 0 to 1;
+    ``before_rename`` may still refuse the final model, by raising. The model is saved in the run's precision. With
+    alpha 0 and the data set's own responses no teacher is contacted.
+
+    Raises CancelledError after a checkpoint when ``should_stop`` says so, or on SIGTERM or Ctrl-C in the main thread;
+    TrainingError when ``out`` holds another run, the loss or gradient is not finite, or memory runs out; TeacherError,
+    DatasetError and ModelNotFoundError before anything trains where that can be known.
+    """
+    directory = RunDirectory(out)
+    directory.claim(spec)
+    if directory.model.exists():
+        log.info("the run has ended before: %s", directory.model)
+        return directory.model
+
+    with stop_on_signals(should_stop) as stopping, _prepared(spec, settings, stopping) as parts:
+        steps = optimizer_steps(spec, examples=len(parts.examples))
+        with Progress(spec.method, unit="steps", total=steps) as progress:
+            watcher = Watcher(
+                directory, progress=progress, on_metrics=on_metrics, on_progress=on_progress, should_stop=stopping
+            )
+            trainer = DistillationTrainer(
+                model=parts.model,
+                args=training_arguments(spec, directory.checkpoints, steps=steps),
+                examples=parts.examples,
+                objective=parts.objective,
+                callbacks=[watcher],
+            )
+            trainer.remove_callback(PrinterCallback)
+            _run(trainer, directory, spec)
+        if watcher.stopped:
+            raise CancelledError(
+                f"stopped at step {trainer.state.global_step} of {steps}",
+                fix="Start the same run again to go on from its last checkpoint.",
+            )
+        dtype = parts.objective.matmul_dtype
+        directory.publish(
+            lambda path: save_student(parts.model, parts.tokenizer, path, dtype=dtype), before_rename=before_rename
+        )
+    return directory.model
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Parts:
+    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel
+    examples: list[Example]
+    objective: Objective
+
+
+@contextmanager
+def _prepared(spec: RunSpec, settings: Settings, stopping: Callable[[], bool]) -> Iterator[_Parts]:
+    """All that training needs, checked: what is cheap to refuse comes first."""
+    dtype = MATMUL_DTYPES[spec.training.precision]
+    with ExitStack() as stack:
+        tokenizer = load_tokenizer(spec.student, settings)
+        teacher: Teacher | None = None
+        if spec.alpha > 0:
+            teacher = connect_teacher(spec, tokenizer=tokenizer, settings=settings)
+            stack.callback(teacher.client.close)
+        records = load_records(_what_is_learnt(spec, tokenizer, settings, stopping), offline=settings.offline)
+        model = load_student(spec.student, settings, vocab_size=vocabulary_size(tokenizer))
+        limits = [spec.training.max_length, longest_sequence(model), teacher.info.max_length if teacher else None]
+        examples = encode_examples(records, tokenizer, max_length=min(limit for limit in limits if limit))
+        labels = None
+        if teacher:
+            teacher.verify(examples[0])
+            labels = stack.enter_context(LabelPrefetcher(teacher.client, options=teacher.options, should_stop=stopping))
+        objective = Objective(
+            vocab_size=vocabulary_size(tokenizer),
+            matmul_dtype=dtype,
+            alpha=spec.alpha,
+            temperature=spec.distillation.temperature,
+            labels=labels,
+            teacher_head=teacher.head_on(training_device(), dtype=dtype) if teacher else None,
+        )
+        yield _Parts(tokenizer=tokenizer, model=model, examples=examples, objective=objective)
+
+
+def _what_is_learnt(
+    spec: RunSpec, tokenizer: PreTrainedTokenizerBase, settings: Settings, stopping: Callable[[], bool]
+) -> DatasetSpec:
+    """The data set itself, or the teacher's own responses to its prompts, decoded now unless they are there."""
+    if not spec.decodes:
+        return spec.dataset
+    return DatasetSpec(path=str(decode_responses(spec, tokenizer=tokenizer, settings=settings, should_stop=stopping)))
+
+
+def _run(trainer: DistillationTrainer, directory: RunDirectory, spec: RunSpec) -> None:
+    checkpoint = directory.newest_checkpoint()
+    if checkpoint:
+        log.info("going on from %s", checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"memory ran out at step {trainer.state.global_step + 1}: {str(error).splitlines()[0]}",
+            fix=f"Lower training.micro_batch_size (now {trainer.args.per_device_train_batch_size}) or max_length "
+            f"(now {spec.training.max_length}), or set gradient_checkpointing: true.",
+        ) from error

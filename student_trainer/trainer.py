@@ -1,0 +1,201 @@
+"""The training step: transformers' Trainer with the fused distillation loss in it.
+
+Checkpoints, resume, mixed precision, gradient accumulation, data parallelism and ``report_to`` stay the library's.
+Shape suffixes: B sequences, T tokens, N response tokens, D hidden size.
+"""
+
+import itertools
+import math
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+from services.contract.errors import TrainingError
+from student_trainer.data import Example, collate
+from student_trainer.labels import LabelPrefetcher, soft_targets
+from student_trainer.loss import LossSums, SoftTargets, distillation_loss
+from student_trainer.output_head import OutputHead
+from student_trainer.student import final_hidden_states, output_head
+
+STEPS_AHEAD = 4
+"""Optimizer steps whose labels are asked for before they are needed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What is minimised; ``labels`` and ``teacher_head`` are None for supervised fine-tuning."""
+
+    vocab_size: int
+    matmul_dtype: torch.dtype
+    alpha: float = 0.0
+    temperature: float = 1.0
+    labels: LabelPrefetcher | None = None
+    teacher_head: OutputHead | None = None
+
+
+class DistillationTrainer(Trainer):
+    """Both loss terms are sums over response tokens divided by one count over micro-batches and ranks of a step."""
+
+    def __init__(
+        self,
+        *,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        examples: Sequence[Example],
+        objective: Objective,
+        callbacks: list[TrainerCallback],
+    ) -> None:
+        # One process drives one device; without this the library wraps the model for all GPUs it sees.
+        args._n_gpu = min(args.n_gpu, 1)
+        super().__init__(model=model, args=args, train_dataset=examples, data_collator=collate, callbacks=callbacks)
+        # The library counts num_items_in_batch for models that take it, and then trusts the loss to be scaled.
+        self.model_accepts_loss_kwargs = True
+        self._objective = objective
+        self._examples = {example.index: example for example in examples}
+        self._head_layer: torch.nn.Module = model.get_output_embeddings()
+        self._student_head = output_head(model)
+        self._ahead: _LookAhead | None = None
+        self._window = _Window(self.accelerator.device)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """The next optimizer step's micro-batches; labels of the steps after it are asked for meanwhile."""
+        labels = self._objective.labels
+        if labels is None:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._ahead is None or self._ahead.batches is not epoch_iterator:
+            depth = STEPS_AHEAD * self.args.gradient_accumulation_steps
+            self._ahead = _LookAhead(epoch_iterator, labels=labels, examples=self._examples, depth=depth)
+        return super().get_batch_samples(self._ahead, num_batches, device)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The micro-batch's share of the step's loss. TrainingError when it is not finite."""
+        assert num_items_in_batch is not None, "the step's response tokens are counted before it"
+        hidden_BTD = final_hidden_states(
+            model,
+            head_layer=self._head_layer,
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+        )
+        predictor_N = inputs["predictor_N"]
+        objective = self._objective
+        sums = distillation_loss(
+            hidden_BTD.flatten(0, 1).index_select(0, predictor_N),
+            token_ids_N=inputs["input_ids"].flatten().index_select(0, predictor_N + 1),
+            head=self._student_head,
+            vocab_size=objective.vocab_size,
+            targets=self._targets(inputs),
+            alpha=objective.alpha,
+            temperature=objective.temperature,
+            matmul_dtype=objective.matmul_dtype,
+        )
+        if not math.isfinite(sums.total.item()):
+            raise self._not_finite("loss", f", records {sorted(inputs['record_B'].tolist())}")
+        self._window.add(sums, tokens=inputs["attention_mask"].sum())
+        # Data parallelism averages gradients over ranks; the count is already over all of them.
+        ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        loss = sums.total * (ranks / num_items_in_batch)
+        return (loss, {}) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """What the library logs, with both terms, the speed and the wait for labels since the last time."""
+        if "loss" in logs:
+            labels = self._objective.labels
+            sums = self.accelerator.reduce(self._window.sums, reduction="sum").tolist()
+            logs |= self._window.metrics(sums, alpha=self._objective.alpha)
+            logs["label_wait_seconds"] = labels.waited_seconds if labels else 0.0
+            if labels:
+                labels.waited_seconds = 0.0
+            self._window.restart()
+        super().log(logs, start_time)
+
+    def _targets(self, inputs: dict[str, Any]) -> SoftTargets | None:
+        labels = self._objective.labels
+        if labels is None:
+            return None
+        scored = labels.take(inputs["ticket"])
+        return soft_targets(
+            [part.labels for part in scored],
+            teacher_head=self._objective.teacher_head,
+            device=self.accelerator.device,
+        )
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        # With float16 an infinite norm is how the loss scale is found; the library skips such steps.
+        if not math.isfinite(float(grad_norm)) and self.accelerator.scaler is None:
+            raise self._not_finite("gradient", "")
+        return grad_norm
+
+    def _not_finite(self, what: str, where: str) -> TrainingError:
+        return TrainingError(
+            f"the {what} is not finite at step {self.state.global_step + 1}{where}",
+            fix="Lower the learning rate or max_grad_norm, or train in bf16 or fp32. The last checkpoint is whole.",
+        )
+
+
+class _LookAhead:
+    """An epoch's micro-batches, read ``depth`` ahead of their use so that their labels are under way."""
+
+    def __init__(
+        self,
+        batches: Iterator[dict[str, Any]],
+        *,
+        labels: LabelPrefetcher,
+        examples: dict[int, Example],
+        depth: int,
+    ) -> None:
+        self.batches = batches
+        self._labels = labels
+        self._examples = examples
+        self._depth = depth
+        self._waiting: deque[dict[str, Any]] = deque()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        for batch in itertools.islice(self.batches, self._depth + 1 - len(self._waiting)):
+            ticket = self._labels.request([self._examples[index] for index in batch["record_B"].tolist()])
+            self._waiting.append({**batch, "ticket": ticket})
+        if not self._waiting:
+            raise StopIteration
+        return self._waiting.popleft()
+
+
+class _Window:
+    """Sums since the last log, kept on the device: hard loss, soft loss, response tokens, all tokens."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.restart()
+
+    def restart(self) -> None:
+        self.sums = torch.zeros(4, dtype=torch.float64, device=self._device)
+        self._started = time.monotonic()
+
+    def add(self, sums: LossSums, *, tokens: Tensor) -> None:
+        counted = torch.as_tensor(sums.tokens, device=self._device)
+        self.sums += torch.stack([sums.hard.detach(), sums.soft.detach(), counted, tokens])
+
+    def metrics(self, sums: Sequence[float], *, alpha: float) -> dict[str, float]:
+        hard, soft, response_tokens, tokens = sums
+        return {
+            "loss": (hard + alpha * soft) / response_tokens,
+            "hard_loss": hard / response_tokens,
+            "soft_loss": soft / response_tokens,
+            "tokens_per_second": tokens / max(time.monotonic() - self._started, 1e-9),
+        }
