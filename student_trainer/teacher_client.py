@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import grpc
 
-from services.contract.errors import InvalidInputError, LabelMismatchError, SmoothKDError
+from services.contract.errors import CancelledError, InvalidInputError, LabelMismatchError, SmoothKDError
 from services.contract.lm_head import LmHead
 from services.contract.sequences import (
     Continuation,
@@ -137,9 +137,9 @@ class TeacherClient:
         """
         options = options or LabelOptions()
         info = self.describe()
-        wire_options = pb.LabelOptions(
-            encoding=WIRE_ENCODINGS[options.encoding], k=options.k, temperature=options.temperature
-        )
+        wire_options = pb.LabelOptions(encoding=WIRE_ENCODINGS[options.encoding])
+        if options.encoding == "top_k":
+            wire_options.k, wire_options.temperature = options.k, options.temperature
 
         def request(part: Iterable[TokenSequence]) -> pb.ScoreSequencesRequest:
             return pb.ScoreSequencesRequest(
@@ -198,10 +198,15 @@ class TeacherClient:
     def _patiently(self, attempt: Callable[[], Any]) -> Any:
         patience = _Patience(self)
         while True:
+            self._require_open()
             try:
                 return attempt()
             except grpc.RpcError as error:
                 patience.wait_or_raise(error)
+
+    def _require_open(self) -> None:
+        if self._closed.is_set():
+            raise CancelledError("the connection to the teacher was closed while it was in use")
 
     def _each_once(
         self,
@@ -217,6 +222,7 @@ class TeacherClient:
             missing[item.id] = item
         patience = _Patience(self)
         while missing:
+            self._require_open()
             asked = dict(list(missing.items())[: self.describe().max_sequences])
             stream = None
             try:
@@ -253,11 +259,12 @@ class _Patience:
 
     def wait_or_raise(self, error: grpc.RpcError) -> None:
         client = self._client
+        client._require_open()
         if self._ends is None:
             self._ends = time.monotonic() + client._patience_seconds
         again = is_worth_another_try(error, progressed=self._progressed)
         self._progressed = False
-        if not again or client._closed.is_set() or time.monotonic() + self._pause > self._ends:
+        if not again or time.monotonic() + self._pause > self._ends:
             raise self._translated(error) from error
         client._closed.wait(self._pause)
         self._pause = min(2 * self._pause, 5.0)

@@ -1,0 +1,88 @@
+"""Real teacher servers on loopback: one in a thread of the test, one as a process that can be killed."""
+
+import asyncio
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from services.contract.settings import Settings
+from teacher_server.server import TeacherOptions, run_server
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@contextmanager
+def running_teacher(options: TeacherOptions) -> Iterator[str]:
+    """A server in a thread; gives its address once it serves, and its error if it does not."""
+    ready = threading.Event()
+    stop: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+    ports: list[int] = []
+    errors: list[BaseException] = []
+
+    async def serve() -> None:
+        event = asyncio.Event()
+        stop.append((asyncio.get_running_loop(), event))
+
+        def on_ready(port: int) -> None:
+            ports.append(port)
+            ready.set()
+
+        await run_server(Settings(), options, stop=event, on_ready=on_ready)
+
+    def run() -> None:
+        try:
+            asyncio.run(serve())
+        except BaseException as error:  # noqa: BLE001 - raised again by the test that waits
+            errors.append(error)
+        finally:
+            ready.set()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        assert ready.wait(120)
+        if errors:
+            raise errors[0]
+        yield f"127.0.0.1:{ports[0]}"
+    finally:
+        loop, event = stop[0]
+        if thread.is_alive():
+            loop.call_soon_threadsafe(event.set)
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+@contextmanager
+def teacher_process(options: dict[str, object], *, log: Path | None = None) -> Iterator[subprocess.Popen[str]]:
+    """``serve`` in a process of its own; killed in the end whatever happens."""
+    code = (
+        "from services.contract.settings import Settings\n"
+        "from teacher_server.server import TeacherOptions, serve\n"
+        f"serve(Settings(), TeacherOptions(**{options!r}))\n"
+    )
+    with (log or Path(os.devnull)).open("a") as sink:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=REPOSITORY,
+            stderr=sink,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+
+
+def wait_until(condition, *, seconds: float = 30.0) -> None:
+    """Poll until ``condition()`` holds."""
+    ends = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < ends, "waited in vain"
+        time.sleep(0.01)

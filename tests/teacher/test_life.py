@@ -1,0 +1,338 @@
+"""How a server lives: starting, sharing, being cancelled, killed, restarted and stopped."""
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from transformers import AutoModelForCausalLM
+
+from services.contract.errors import (
+    CancelledError,
+    HandshakeError,
+    InvalidInputError,
+    PortInUseError,
+    TeacherError,
+    TeacherUnavailableError,
+)
+from services.contract.sequences import DecodeOptions, Prompt, TokenSequence
+from student_trainer.alignment import verify_token_logprobs
+from student_trainer.teacher_client import TeacherClient
+from teacher_server.server import TeacherOptions
+from tests.teacher.serving import running_teacher, teacher_process, wait_until
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def long_sequences(count: int) -> list[TokenSequence]:
+    return [
+        TokenSequence(
+            id=f"s{index}", token_ids=[(index * 31 + place) % 290 for place in range(20)], label_positions=[5, 19]
+        )
+        for index in range(count)
+    ]
+
+
+def health_of(address: str) -> str:
+    with grpc.insecure_channel(address) as channel:
+        try:
+            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
+        except grpc.RpcError as error:
+            return error.code().name
+    return health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
+
+
+def test_health_and_reflection_are_served(mock_address: str) -> None:
+    assert health_of(mock_address) == "SERVING"
+    with grpc.insecure_channel(mock_address) as channel:
+        services = ProtoReflectionDescriptorDatabase(channel).get_services()
+    assert set(services) >= {"teacher.v1.TeacherService", "grpc.health.v1.Health"}
+
+
+def test_a_stream_survives_kill_and_restart(tmp_path: Path) -> None:
+    port = free_port()
+    options = {"model": "300", "engine": "mock", "port": port, "mock_seconds": 0.02}
+    sequences = long_sequences(60)
+    with TeacherClient(f"127.0.0.1:{port}", patience_seconds=60) as client, contextlib.ExitStack() as stack:
+        first = stack.enter_context(teacher_process(options, log=tmp_path / "log"))
+        head = client.fetch_lm_head()
+        answered = []
+        for labels in client.score(sequences):
+            answered.append(labels)
+            if len(answered) == 5:
+                first.send_signal(signal.SIGKILL)
+                first.wait()
+                stack.enter_context(teacher_process(options, log=tmp_path / "log"))
+    assert (tmp_path / "log").read_text().count("serving 300") == 2
+    assert Counter(labels.id for labels in answered) == Counter(sequence.id for sequence in sequences)
+    by_id = {sequence.id: sequence for sequence in sequences}
+    for labels in answered:
+        verify_token_logprobs(labels, by_id[labels.id], head=head)
+
+
+def test_another_teacher_at_the_same_address_is_refused() -> None:
+    port = free_port()
+    with TeacherClient(f"127.0.0.1:{port}", patience_seconds=20) as client:
+        with running_teacher(TeacherOptions(model="300", engine="mock", port=port)):
+            stream = client.score(long_sequences(3))
+            next(stream)
+        with (
+            running_teacher(TeacherOptions(model="301", engine="mock", port=port)),
+            pytest.raises(HandshakeError, match="serves 301, not 300"),
+        ):
+            list(client.score(long_sequences(3)))
+
+
+def test_no_teacher_is_reported_with_address_and_command() -> None:
+    port = free_port()
+    with TeacherClient(f"127.0.0.1:{port}", patience_seconds=0.3) as client:
+        with pytest.raises(TeacherUnavailableError) as caught:
+            client.describe()
+    assert f"127.0.0.1:{port}" in caught.value.what
+    assert "smoothkd teacher --model" in caught.value.fix
+
+
+def test_cancelling_frees_the_teacher() -> None:
+    options = TeacherOptions(model="300", engine="mock", port=0, mock_seconds=0.05)
+    with running_teacher(options) as address, TeacherClient(address) as client:
+        # All of it would take 50 s.
+        stream = client.score(long_sequences(1000))
+        next(stream)
+        stream.close()
+        started = time.monotonic()
+        assert len(list(client.score(long_sequences(1)))) == 1
+        assert time.monotonic() - started < 5
+
+
+def test_cancelling_ends_a_decode_at_its_next_step(model_of: Callable[[str], Path]) -> None:
+    options = TeacherOptions(model=str(model_of("llama-untied")), engine="transformers", port=0)
+    with running_teacher(options) as address, TeacherClient(address) as client:
+        # Eight batches of 64.
+        prompts = [Prompt(id=str(index), token_ids=[5 + index % 256]) for index in range(512)]
+        started = time.monotonic()
+        short = list(client.generate(prompts[:64], DecodeOptions(max_new_tokens=10)))
+        step_seconds = (time.monotonic() - started) / 10
+        assert len(short) == 64
+        stream = client.generate(prompts, DecodeOptions(max_new_tokens=250, stop_token_ids=(0,)))
+        timer = threading.Timer(3 * step_seconds, client.close)
+        timer.start()
+        with pytest.raises(CancelledError, match="closed"):
+            list(stream)
+        timer.join()
+        with TeacherClient(address) as other:
+            started = time.monotonic()
+            other.describe()
+            list(other.generate(prompts[:1], DecodeOptions(max_new_tokens=1)))
+            # 2000 steps would still be under way or waiting.
+            assert time.monotonic() - started < 250 * step_seconds
+
+
+def test_a_deadline_ends_the_request_on_both_sides() -> None:
+    options = TeacherOptions(model="300", engine="mock", port=0, mock_seconds=0.2)
+    with running_teacher(options) as address:
+        with TeacherClient(address, timeout_seconds=0.5, patience_seconds=2) as hasty:
+            hasty.describe()
+            with pytest.raises(TeacherUnavailableError, match="answered nothing in time"):
+                # The first batch of 8 takes 1.6 s.
+                list(hasty.score(long_sequences(100)))
+        with TeacherClient(address) as patient:
+            started = time.monotonic()
+            list(patient.score(long_sequences(1)))
+            assert time.monotonic() - started < 5
+
+
+def test_a_deadline_between_answers_only_repeats_what_is_missing() -> None:
+    options = TeacherOptions(model="300", engine="mock", port=0, mock_seconds=0.01)
+    sequences = long_sequences(150)
+    with running_teacher(options) as address, TeacherClient(address, timeout_seconds=0.6) as client:
+        answered = Counter(labels.id for labels in client.score(sequences))
+    assert answered == Counter(sequence.id for sequence in sequences)
+
+
+def test_requests_are_interleaved() -> None:
+    options = TeacherOptions(model="300", engine="mock", port=0, mock_seconds=0.02)
+    with running_teacher(options) as address, TeacherClient(address) as large, TeacherClient(address) as small:
+        small.describe()
+        stream = large.score(long_sequences(400))
+        next(stream)
+        started = time.monotonic()
+        assert len(list(small.score(long_sequences(8)))) == 8
+        # Two batches of 8 x 0.02 s, not the 8 s of the other's request.
+        assert time.monotonic() - started < 4
+        stream.close()
+
+
+def test_scores_run_between_the_steps_of_a_decode(model_of: Callable[[str], Path]) -> None:
+    options = TeacherOptions(model=str(model_of("llama-untied")), engine="transformers", port=0)
+    prompts = [Prompt(id=str(index), token_ids=[index + 5, 9]) for index in range(32)]
+    with running_teacher(options) as address, TeacherClient(address) as decoder, TeacherClient(address) as scorer:
+        scorer.describe()
+        order: list[str] = []
+        decoding = threading.Thread(
+            target=lambda: order.extend(
+                f"decoded {each.id}"
+                for each in decoder.generate(prompts, DecodeOptions(max_new_tokens=240, stop_token_ids=(2,)))
+            )
+        )
+        decoding.start()
+        scored = 0
+        while decoding.is_alive() and not order:
+            scored += len(list(scorer.score(long_sequences(2))))
+        decoding.join()
+    assert scored >= 4
+    assert len(order) == 32
+
+
+def test_a_slow_reader_bounds_what_is_computed_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from teacher_server import batching, mock_engine
+
+    monkeypatch.setattr(batching, "UNREAD_BYTES", 100_000)
+    computed = []
+    original = mock_engine.MockModel.score
+    monkeypatch.setattr(
+        mock_engine.MockModel, "score", lambda self, work: computed.extend(work) or original(self, work)
+    )
+    positions = list(range(1, 400))
+    sequences = [TokenSequence(id=str(index), token_ids=[7] * 400, label_positions=positions) for index in range(500)]
+    with running_teacher(TeacherOptions(model="300", engine="mock", port=0)) as address:
+        with TeacherClient(address) as reader, TeacherClient(address) as other:
+            stream = reader.score(sequences)
+            next(stream)
+            other.describe()
+            for _ in range(20):
+                list(other.score(long_sequences(1)))
+            # 51 KB each as sent: gRPC's windows hold some dozens, then the writer waits.
+            assert len(computed) < 350
+            stream.close()
+
+
+def test_garbage_on_the_port_leaves_the_server_alive(mock_address: str, mock_teacher: TeacherClient) -> None:
+    host, port = mock_address.split(":")
+    random = np.random.default_rng(0)
+    greetings = [b"", b"GET / HTTP/1.1\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"\x00" * 4096]
+    for greeting in greetings:
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(greeting + random.bytes(20_000))
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_WR)
+                while connection.recv(65536):
+                    pass
+    with grpc.insecure_channel(mock_address) as channel:
+        raw = channel.unary_unary("/teacher.v1.TeacherService/GetTeacher")
+        with pytest.raises(grpc.RpcError):
+            raw(b"\xff\xff\xff\xff garbage", timeout=10)
+    assert len(list(mock_teacher.score(long_sequences(2)))) == 2
+
+
+def test_a_taken_port_is_refused(mock_address: str) -> None:
+    port = int(mock_address.split(":")[1])
+    with pytest.raises(PortInUseError, match=f"listens on 127.0.0.1:{port}"):
+        with running_teacher(TeacherOptions(model="300", engine="mock", port=port)):
+            pass
+
+
+def test_an_address_of_another_machine_is_refused() -> None:
+    with pytest.raises(InvalidInputError, match="cannot listen on 192"):
+        with running_teacher(TeacherOptions(model="300", engine="mock", host="192.0.2.1", port=0)):
+            pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_the_server_after_the_request_under_way(number: signal.Signals) -> None:
+    port = free_port()
+    options = {"model": "300", "engine": "mock", "port": port, "mock_seconds": 0.02}
+    with teacher_process(options) as process, TeacherClient(f"127.0.0.1:{port}", patience_seconds=60) as client:
+        client.describe()
+        stream = client.score(long_sequences(40))
+        next(stream)
+        os.kill(process.pid, number)
+        assert len(list(stream)) == 39
+        assert process.wait(15) == 0
+    assert health_of(f"127.0.0.1:{port}") == "UNAVAILABLE"
+
+
+def test_while_the_model_loads_the_server_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from teacher_server import server
+
+    release = threading.Event()
+    load = server.load_engine
+    monkeypatch.setattr(server, "load_engine", lambda *inputs: (release.wait(60), load(*inputs))[1])
+    port = free_port()
+    address = f"127.0.0.1:{port}"
+    seen = []
+
+    def look() -> None:
+        wait_until(lambda: health_of(address) == "NOT_SERVING")
+        with TeacherClient(address, patience_seconds=0) as client:
+            try:
+                client.describe()
+            except TeacherUnavailableError as error:
+                seen.append(error.what)
+            finally:
+                release.set()
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    with running_teacher(TeacherOptions(model="300", engine="mock", port=port)):
+        assert health_of(address) == "SERVING"
+    watcher.join()
+    assert seen == ["the teacher is still loading its model"]
+
+
+def test_a_teacher_whose_labels_are_not_its_own_refuses_to_serve(
+    model_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from teacher_server import torch_head
+
+    options = TeacherOptions(model=str(model_of("granite-scaled")), engine="transformers", port=0)
+    monkeypatch.setattr(torch_head, "_logit_scale", lambda config: 1.0)
+    with pytest.raises(TeacherError, match="would not be its own distribution"), running_teacher(options):
+        pass
+
+
+def test_broken_weights_refuse_to_serve(model_of: Callable[[str], Path], tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_of("llama-untied"))
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+    import shutil
+
+    directory = tmp_path / "broken"
+    shutil.copytree(model_of("llama-untied"), directory)
+    model.save_pretrained(directory)
+    with pytest.raises(TeacherError, match="not finite"):
+        with running_teacher(TeacherOptions(model=str(directory), engine="transformers", port=0)):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("engine", "vlm"), ("dtype", "int4"), ("label_dtype", "fp8"), ("max_length", 1)]
+)
+def test_unknown_options_are_refused(field: str, value: object) -> None:
+    with pytest.raises(InvalidInputError, match=str(value)):
+        TeacherOptions(model="300", **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"), [("device", "tpu:7", "tpu"), ("max_length", 257, "256 positions")]
+)
+def test_options_that_the_model_cannot_meet_are_refused(
+    field: str, value: object, words: str, model_of: Callable[[str], Path]
+) -> None:
+    options = TeacherOptions(model=str(model_of("llama-untied")), engine="transformers", port=0, **{field: value})
+    with pytest.raises(InvalidInputError, match=words), running_teacher(options):
+        pass
