@@ -122,7 +122,8 @@ def decode_labels(message: pb.ScoreSequencesResponse) -> ScoredSequence:
                 fix="The answer is damaged; restart the teacher.",
             )
         # A token of probability 0 has log-probability -inf; NaN is never right, and infinite states neither.
-        wrong = np.isnan(column) if encoding == "full" or encoding == "top_k" else ~np.isfinite(column)
+        with np.errstate(invalid="ignore"):
+            wrong = np.isnan(column) if encoding == "full" or encoding == "top_k" else ~np.isfinite(column)
         if wrong.any():
             raise LabelMismatchError(
                 f"the labels of sequence {message.id!r} hold values that are not finite",

@@ -100,9 +100,9 @@ def test_another_teacher_at_the_same_address_is_refused() -> None:
 
 def test_no_teacher_is_reported_with_address_and_command() -> None:
     port = free_port()
-    with TeacherClient(f"127.0.0.1:{port}", patience_seconds=0.3) as client:
-        with pytest.raises(TeacherUnavailableError) as caught:
-            client.describe()
+    client = TeacherClient(f"127.0.0.1:{port}", patience_seconds=0.3)
+    with client, pytest.raises(TeacherUnavailableError) as caught:
+        client.describe()
     assert f"127.0.0.1:{port}" in caught.value.what
     assert "smoothkd teacher --model" in caught.value.fix
 
@@ -209,16 +209,18 @@ def test_a_slow_reader_bounds_what_is_computed_for_it(monkeypatch: pytest.Monkey
     )
     positions = list(range(1, 400))
     sequences = [TokenSequence(id=str(index), token_ids=[7] * 400, label_positions=positions) for index in range(500)]
-    with running_teacher(TeacherOptions(model="300", engine="mock", port=0)) as address:
-        with TeacherClient(address) as reader, TeacherClient(address) as other:
-            stream = reader.score(sequences)
-            next(stream)
-            other.describe()
-            for _ in range(20):
-                list(other.score(long_sequences(1)))
-            # 51 KB each as sent: gRPC's windows hold some dozens, then the writer waits.
-            assert len(computed) < 350
-            stream.close()
+    with (
+        running_teacher(TeacherOptions(model="300", engine="mock", port=0)) as address,
+        TeacherClient(address) as reader,
+        TeacherClient(address) as other,
+    ):
+        stream = reader.score(sequences)
+        next(stream)
+        for _ in range(20):
+            list(other.score(long_sequences(1)))
+        # 51 KB each as sent: gRPC's windows hold some dozens, then the writer waits.
+        assert len(computed) < 350
+        stream.close()
 
 
 def test_garbage_on_the_port_leaves_the_server_alive(mock_address: str, mock_teacher: TeacherClient) -> None:
@@ -241,15 +243,15 @@ def test_garbage_on_the_port_leaves_the_server_alive(mock_address: str, mock_tea
 
 def test_a_taken_port_is_refused(mock_address: str) -> None:
     port = int(mock_address.split(":")[1])
-    with pytest.raises(PortInUseError, match=f"listens on 127.0.0.1:{port}"):
-        with running_teacher(TeacherOptions(model="300", engine="mock", port=port)):
-            pass
+    options = TeacherOptions(model="300", engine="mock", port=port)
+    with pytest.raises(PortInUseError, match=f"listens on 127.0.0.1:{port}"), running_teacher(options):
+        pass
 
 
 def test_an_address_of_another_machine_is_refused() -> None:
-    with pytest.raises(InvalidInputError, match="cannot listen on 192"):
-        with running_teacher(TeacherOptions(model="300", engine="mock", host="192.0.2.1", port=0)):
-            pass
+    options = TeacherOptions(model="300", engine="mock", host="192.0.2.1", port=0)
+    with pytest.raises(InvalidInputError, match="cannot listen on 192"), running_teacher(options):
+        pass
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -314,9 +316,9 @@ def test_broken_weights_refuse_to_serve(model_of: Callable[[str], Path], tmp_pat
     directory = tmp_path / "broken"
     shutil.copytree(model_of("llama-untied"), directory)
     model.save_pretrained(directory)
-    with pytest.raises(TeacherError, match="not finite"):
-        with running_teacher(TeacherOptions(model=str(directory), engine="transformers", port=0)):
-            pass
+    options = TeacherOptions(model=str(directory), engine="transformers", port=0)
+    with pytest.raises(TeacherError, match="not finite"), running_teacher(options):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -133,15 +133,17 @@ def test_bad_request_is_refused_with_its_reason(case: str, stub: TeacherServiceS
 
 
 def test_full_labels_beyond_a_message_are_refused() -> None:
-    with running_teacher(TeacherOptions(model="20000", engine="mock", port=0)) as address:
-        with grpc.insecure_channel(address) as channel:
-            positions = list(range(1, 1800))
-            request = score(
-                sequence(token_ids=[1] * 1800, label_positions=positions),
-                options=pb.LabelOptions(encoding=pb.ENCODING_FULL),
-            )
-            with pytest.raises(grpc.RpcError, match="71967196 bytes") as caught:
-                send(TeacherServiceStub(channel), request)
+    request = score(
+        sequence(token_ids=[1] * 1800, label_positions=list(range(1, 1800))),
+        options=pb.LabelOptions(encoding=pb.ENCODING_FULL),
+    )
+    options = TeacherOptions(model="20000", engine="mock", port=0)
+    with (
+        running_teacher(options) as address,
+        grpc.insecure_channel(address) as channel,
+        pytest.raises(grpc.RpcError, match="71967196 bytes") as caught,
+    ):
+        send(TeacherServiceStub(channel), request)
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
