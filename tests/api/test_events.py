@@ -94,6 +94,15 @@ def test_other_sweeps_are_not_heard(api: ApiClient, store: Store, small: SweepSp
     assert event.state == State.CANCELLED
 
 
+def test_the_stream_of_an_ended_sweep_ends(api: ApiClient, small: SweepSpec) -> None:
+    sweep = api.cancel_sweep(api.submit_sweep(small).id)
+    url = f"{api.url}/v1/sweeps/{sweep.id}/events"
+    ((event_id, data),) = parse_event_stream(iter(httpx.get(url, timeout=WAIT).text.splitlines()))
+    assert SweepEvent.model_validate_json(data).state == State.CANCELLED
+    again = httpx.get(url, headers={"Last-Event-ID": event_id}, timeout=WAIT)
+    assert list(parse_event_stream(iter(again.text.splitlines()))) == []
+
+
 def test_the_last_event_id_is_honoured(api: ApiClient, store: Store, small: SweepSpec) -> None:
     sweep = api.submit_sweep(small)
 
