@@ -4,10 +4,10 @@ It may lose or repeat anything: what is to be done stands in the store, a worker
 lets it begin, and the reconciler queues again what got lost.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from urllib.parse import urlsplit, urlunsplit
 
 import redis
 from redis.backoff import ExponentialBackoff
@@ -151,5 +151,4 @@ def _age(moment: str) -> float:
 
 
 def _without_password(url: str) -> str:
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    return re.sub(r"//[^/]*@", "//", url)
