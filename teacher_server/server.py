@@ -50,7 +50,8 @@ def serve(settings: Settings, options: TeacherOptions) -> None:
     PortInUseError when the port is taken; the model's own errors when it cannot be loaded; TeacherError when the
     labels would not be the model's distribution.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("teacher_server").setLevel(logging.INFO)
     asyncio.run(_serve_until_signal(settings, options))
 
 

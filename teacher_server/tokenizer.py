@@ -73,6 +73,17 @@ def bytes_tokenizer(vocab_size: int) -> TeacherTokenizer:
     )
 
 
+def stop_token_ids(directory: Path, eos: int | None) -> tuple[int, ...]:
+    """Ids that end a continuation: those of generation_config.json, else config.json, and the tokenizer's own."""
+    configured = None
+    for name in ("generation_config.json", "config.json"):
+        file = directory / name
+        if configured is None and file.is_file():
+            configured = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+    ids = [configured] if isinstance(configured, int) else list(configured or [])
+    return tuple(sorted({*ids, *([] if eos is None else [eos])}))
+
+
 def _special_token_ids(config_file: Path, token_to_id: Callable[[str], int | None]) -> dict[str, int]:
     config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
     ids = {}

@@ -18,7 +18,7 @@ from teacher_server.batching import DecodeWatch
 from teacher_server.decoding import decode_batch
 from teacher_server.engine import TeacherCard
 from teacher_server.fingerprint import fingerprint_model
-from teacher_server.tokenizer import from_transformers
+from teacher_server.tokenizer import from_transformers, stop_token_ids
 from teacher_server.torch_head import TorchHead, to_numpy
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -54,7 +54,6 @@ class TransformersModel:
         self._tokenize = tokenizer.encode
         self._torch_head = TorchHead(self._model, vocab_size=tokenizer.vocab_size)
         self.head = self._torch_head.to_numpy()
-        stop_ids = _stop_token_ids(self._model.generation_config.eos_token_id, tokenizer.special_token_ids.get("eos"))
         # Decoding follows the request alone, not the penalties and cut-offs that a checkpoint recommends.
         self._model.generation_config = GenerationConfig()
         weights_dtype = str(self._torch_head.weight_VD.dtype).removeprefix("torch.")
@@ -69,7 +68,7 @@ class TransformersModel:
             max_length=_max_length(self._model.config.get_text_config(), max_length),
             generates=True,
             special_token_ids=tokenizer.special_token_ids,
-            stop_token_ids=stop_ids,
+            stop_token_ids=stop_token_ids(directory, tokenizer.special_token_ids.get("eos")),
             weights_dtype=weights_dtype,
         )
         self._backbone_options = _accepted_options(self._model.base_model)
@@ -156,11 +155,6 @@ def _max_length(config: Any, wanted: int | None) -> int:
             f"max_length {wanted} is beyond the {limit} positions of the model", fix=f"Use at most {limit}."
         )
     return wanted
-
-
-def _stop_token_ids(configured: int | list[int] | None, eos: int | None) -> tuple[int, ...]:
-    ids = [configured] if isinstance(configured, int) else list(configured or [])
-    return tuple(sorted({*ids, *([] if eos is None else [eos])}))
 
 
 def _accepted_options(backbone: Any) -> dict[str, bool]:

@@ -1,0 +1,260 @@
+"""Engines without a server: fingerprints, the mock's promises, and how requests share batches."""
+
+import asyncio
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from services.contract.errors import InvalidInputError, ModelNotFoundError, TeacherUnavailableError
+from services.contract.sequences import LabelOptions, TokenSequence
+from services.contract.soft_labels import ScoredSequence
+from teacher_server.batching import BatchingEngine
+from teacher_server.mock_engine import MockModel
+from teacher_server.options import TeacherOptions
+from teacher_server.transformers_engine import TransformersModel
+
+
+def sequence(token_ids: list[int], *, name: str = "x") -> TokenSequence:
+    return TokenSequence(id=name, token_ids=token_ids, label_positions=list(range(1, len(token_ids))))
+
+
+def fingerprint(directory: Path, **options: Any) -> str:
+    return TransformersModel(directory, **options).card.fingerprint
+
+
+def test_equal_files_have_equal_fingerprints_wherever_they_lie(tiny_model: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny_model, tmp_path / "elsewhere")
+    assert fingerprint(copy, name="another name") == fingerprint(tiny_model)
+
+
+def test_one_changed_weight_changes_the_fingerprint(tiny_model: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 3] += 1e-3
+    shutil.copytree(tiny_model, tmp_path / "changed")
+    model.save_pretrained(tmp_path / "changed")
+    assert fingerprint(tmp_path / "changed") != fingerprint(tiny_model)
+
+
+def test_tokenizer_config_and_precision_change_the_fingerprint(tiny_model: Path, tmp_path: Path) -> None:
+    made = {fingerprint(tiny_model), fingerprint(tiny_model, dtype="bfloat16")}
+    for file, key, value in (
+        ("tokenizer_config.json", "eos_token", "<|endoftext|>"),
+        ("config.json", "rms_norm_eps", 1e-3),
+    ):
+        copy = shutil.copytree(tiny_model, tmp_path / file)
+        content = json.loads((copy / file).read_text())
+        (copy / file).write_text(json.dumps(content | {key: value}))
+        made.add(fingerprint(copy))
+    assert len(made) == 4
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(
+    tiny_model: Path, model_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    directory = shutil.copytree(model_of("llama-untied"), tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    model.resize_token_embeddings(300)
+    model.save_pretrained(directory)
+    with pytest.raises(InvalidInputError, match="320 ids, the model's output head only 300 rows"):
+        TransformersModel(directory)
+
+
+def test_every_stop_token_of_the_checkpoint_counts(tiny_model: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny_model, tmp_path / "stops")
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 7], "repetition_penalty": 1.9}))
+    model = TransformersModel(copy)
+    assert model.card.stop_token_ids == (0, 2, 7)
+    assert model._model.generation_config.repetition_penalty is None
+
+
+@pytest.mark.parametrize(
+    ("label_dtype", "weights", "expected"),
+    [
+        ("auto", "float32", "bfloat16"),
+        ("auto", "float16", "float16"),
+        ("auto", "bfloat16", "bfloat16"),
+        ("float32", "bfloat16", "float32"),
+    ],
+)
+def test_states_travel_in_the_models_own_16_bits(label_dtype: str, weights: str, expected: str) -> None:
+    assert TeacherOptions(model="x", label_dtype=label_dtype).resolved_label_dtype(weights) == expected
+
+
+def score(model: MockModel, *sequences: TokenSequence) -> list[ScoredSequence]:
+    return model.score([(each, LabelOptions()) for each in sequences])
+
+
+def test_mock_states_depend_on_the_prefix_and_on_nothing_else() -> None:
+    model = MockModel("300")
+    (one,) = score(model, sequence([5, 6, 7, 8, 9]))
+    (other,) = score(model, sequence([5, 6, 7, 1, 9]))
+    states, changed = one.labels.hidden_ND, other.labels.hidden_ND
+    np.testing.assert_array_equal(states[:3], changed[:3])
+    assert (np.abs(states[3] - changed[3]).max()) > 0.5
+    swapped = score(model, sequence([6, 5, 7, 8, 9]))[0].labels.hidden_ND
+    assert (np.abs(states - swapped).max(axis=1) > 0.5).all()
+
+
+def test_mock_states_are_spread_like_normed_states() -> None:
+    (labels,) = score(MockModel("300"), sequence([index % 300 for index in range(1000)]))
+    states = labels.labels.hidden_ND
+    assert abs(states.mean()) < 0.02
+    assert abs(states.std() - 1) < 0.02
+    # Neighbouring states are unrelated.
+    assert abs((states[:-1] * states[1:]).mean()) < 0.02
+
+
+def test_the_mock_engine_is_the_same_in_every_process_and_needs_no_torch(tiny_model: Path) -> None:
+    code = (
+        "import sys, hashlib\n"
+        "from services.contract.sequences import LabelOptions, TokenSequence\n"
+        "from teacher_server.mock_engine import MockModel\n"
+        "import teacher_server.server\n"
+        f"model = MockModel({str(tiny_model)!r})\n"
+        "item = TokenSequence(id='x', token_ids=[5, 6, 7, 8], label_positions=[1, 2, 3])\n"
+        "states = model.score([(item, LabelOptions())])[0].labels.hidden_ND\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)\n"
+        "print(model.card.fingerprint, hashlib.sha256(states.tobytes() + model.head.weight_VD.tobytes()).hexdigest())\n"
+    )
+    runs = {subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout for _ in range(2)}
+    assert len(runs) == 1
+    assert MockModel(str(tiny_model)).card.fingerprint.encode() in runs.pop()
+
+
+@pytest.mark.parametrize("name", ["1", "/nowhere"])
+def test_a_mock_without_a_vocabulary_is_refused(name: str) -> None:
+    with pytest.raises((InvalidInputError, ModelNotFoundError)):
+        MockModel(name)
+
+
+class Recorder(MockModel):
+    """Notes every batch; the first waits until ``release`` so that the others queue up behind it."""
+
+    def __init__(self) -> None:
+        super().__init__("300")
+        self.batches: list[list[TokenSequence]] = []
+        self.entered, self.release = threading.Event(), threading.Event()
+
+    def score(self, work: Sequence[tuple[TokenSequence, LabelOptions]]) -> list[ScoredSequence]:
+        self.batches.append([each for each, _ in work])
+        self.entered.set()
+        assert self.release.wait(30)
+        return super().score(work)
+
+
+async def collect(stream: AsyncGenerator[ScoredSequence, None]) -> list[str]:
+    async with aclosing(stream):
+        return [scored.id async for scored in stream]
+
+
+def batches_of(*requests: list[TokenSequence]) -> list[list[TokenSequence]]:
+    """The batches in which concurrent requests are computed, after one that holds the engine meanwhile."""
+    model = Recorder()
+    engine = BatchingEngine(model)
+
+    async def run() -> None:
+        first = asyncio.ensure_future(collect(engine.score([sequence([1, 2], name="first")], LabelOptions())))
+        await asyncio.to_thread(model.entered.wait, 30)
+        others = [asyncio.ensure_future(collect(engine.score(request, LabelOptions()))) for request in requests]
+        while len(engine._lanes) < 1 + len(requests):
+            await asyncio.sleep(0)
+        model.release.set()
+        answers = await asyncio.gather(first, *others)
+        for request, ids in zip(requests, answers[1:], strict=True):
+            assert sorted(ids) == sorted(each.id for each in request)
+
+    asyncio.run(run())
+    engine.close()
+    return model.batches[1:]
+
+
+def test_sequences_of_like_length_share_a_batch() -> None:
+    lengths = [8, 400, 9, 380, 10, 390, 11, 30, 31, 370]
+    batches = batches_of([sequence([1] * length, name=str(length)) for length in lengths])
+    for batch in batches:
+        real = sum(len(each.token_ids) for each in batch)
+        assert real >= 0.75 * len(batch) * max(len(each.token_ids) for each in batch)
+    assert len(batches) <= 4
+
+
+def test_batches_stay_within_their_bounds() -> None:
+    batches = batches_of([sequence([1] * 1500, name=str(index)) for index in range(5)])
+    assert [len(batch) for batch in batches] == [2, 2, 1]
+    batches = batches_of([sequence([1] * 5000, name="beyond the bound")])
+    assert [len(batch) for batch in batches] == [1]
+
+
+def test_concurrent_requests_share_batches_and_turns() -> None:
+    requests = [[sequence([1] * 20, name=f"{name}{index}") for index in range(12)] for name in "abc"]
+    batches = batches_of(*requests)
+    assert sum(map(len, batches)) == 36
+    # 8 places a batch among three: each has 2 or 3 until it is served.
+    for batch in batches[:3]:
+        counts = [sum(each.id.startswith(name) for each in batch) for name in "abc"]
+        assert min(counts) >= 2
+
+
+def test_a_request_of_other_lengths_waits_one_turn_at_most() -> None:
+    many = [sequence([1] * 500, name=f"many{index}") for index in range(64)]
+    few = [sequence([1] * 20, name=f"few{index}") for index in range(3)]
+    batches = batches_of(many, few)
+    turns = [index for index, batch in enumerate(batches) if any(each.id.startswith("few") for each in batch)]
+    assert turns == [1]
+
+
+def test_what_is_cancelled_before_its_turn_is_not_computed() -> None:
+    model = Recorder()
+    engine = BatchingEngine(model)
+
+    async def run() -> None:
+        first = asyncio.ensure_future(collect(engine.score([sequence([1, 2], name="first")], LabelOptions())))
+        await asyncio.to_thread(model.entered.wait, 30)
+        request = [sequence([1] * 9, name=str(index)) for index in range(99)]
+        dropped = asyncio.ensure_future(collect(engine.score(request, LabelOptions())))
+        while len(engine._lanes) < 2:
+            await asyncio.sleep(0)
+        dropped.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await dropped
+        assert len(engine._lanes) == 1
+        model.release.set()
+        assert await first == ["first"]
+        assert await collect(engine.score([sequence([1, 2], name="next")], LabelOptions())) == ["next"]
+
+    asyncio.run(run())
+    engine.close()
+    assert [len(batch) for batch in model.batches] == [1, 1]
+
+
+def test_a_batch_that_fails_is_told_and_the_engine_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = MockModel("300")
+    engine = BatchingEngine(model)
+    compute = model.score
+    failures = [RuntimeError("device lost")]
+    monkeypatch.setattr(model, "score", lambda work: compute(work) if not failures else _raise(failures.pop()))
+
+    async def run() -> None:
+        with pytest.raises(RuntimeError, match="device lost"):
+            await collect(engine.score([sequence([1, 2])], LabelOptions()))
+        assert await collect(engine.score([sequence([1, 2])], LabelOptions())) == ["x"]
+        engine.close()
+        with pytest.raises(TeacherUnavailableError, match="stopping"):
+            await collect(engine.score([sequence([1, 2])], LabelOptions()))
+
+    asyncio.run(run())
+
+
+def _raise(error: Exception) -> Any:
+    raise error
