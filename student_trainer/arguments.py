@@ -38,6 +38,7 @@ def training_arguments(spec: RunSpec, checkpoints: Path, *, steps: int) -> Train
         max_grad_norm=training.max_grad_norm,
         bf16=training.precision == "bf16",
         fp16=training.precision == "fp16",
+        use_cpu=training_device().type == "cpu",
         gradient_checkpointing=training.gradient_checkpointing,
         save_strategy="steps",
         save_steps=training.checkpoint_steps,

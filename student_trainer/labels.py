@@ -64,8 +64,10 @@ class LabelPrefetcher:
     def request(self, examples: Sequence[Example]) -> int:
         """Ask for a batch; returns the ticket that ``take`` wants."""
         ticket = next(self._tickets)
-        # A record may be under way twice, at the end of one epoch and the start of the next.
-        sequences = [label_request(example, id=f"{ticket}.{example.index}") for example in examples]
+        # A record may be under way twice: at the end of one epoch and the start of the next, or to fill up a batch.
+        sequences = [
+            label_request(example, id=f"{ticket}.{place}.{example.index}") for place, example in enumerate(examples)
+        ]
         answer = self._threads.submit(self._score, sequences)
         self._asked[ticket] = _Asked(ids=[sequence.id for sequence in sequences], answer=answer)
         return ticket

@@ -29,8 +29,8 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.model = path / "model"
 
-    def claim(self, spec: RunSpec) -> None:
-        """Make the directory this run's. TrainingError when it belongs to a run that trains otherwise.
+    def require_free(self, spec: RunSpec) -> None:
+        """TrainingError when the directory belongs to a run that trains otherwise.
 
         What a student is evaluated on may differ: it decides no weight.
         """
@@ -52,6 +52,9 @@ class RunDirectory:
                 f"{self.path} holds a model or checkpoints, but no run.yaml that says of which run",
                 fix="Choose another directory, or remove this one to start anew.",
             )
+
+    def claim(self, spec: RunSpec) -> None:
+        """Make the directory this run's."""
         self.path.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         write_whole(self.spec_file, text)

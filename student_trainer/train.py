@@ -50,7 +50,7 @@ def train(
     DatasetError and ModelNotFoundError before anything trains where that can be known.
     """
     directory = RunDirectory(out)
-    directory.claim(spec)
+    directory.require_free(spec)
     if directory.model.exists():
         log.info("the run has ended before: %s", directory.model)
         return directory.model
@@ -69,6 +69,7 @@ def train(
                 callbacks=[watcher],
             )
             trainer.remove_callback(PrinterCallback)
+            directory.claim(spec)
             _run(trainer, directory, spec)
         if watcher.stopped:
             raise CancelledError(

@@ -43,10 +43,11 @@ class Watcher(TrainerCallback):
         self._on_metrics = on_metrics
         self._on_progress = on_progress
         self._should_stop = should_stop
+        self._first_step = 0
         self._random_state = torch.get_rng_state()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._random_state = torch.get_rng_state()
+        self._first_step = state.global_step
         self._progress.update(state.global_step)
 
     def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -92,7 +93,8 @@ class Watcher(TrainerCallback):
     def _stop(self, state: TrainerState, control: TrainerControl) -> None:
         self.stopped = True
         control.should_training_stop = True
-        control.should_save = state.global_step > 0
+        # Without a step since the start, the checkpoint that was started from stands.
+        control.should_save = state.global_step > self._first_step
 
 
 @contextmanager
