@@ -9,7 +9,7 @@ from services.contract.settings import Settings
 
 FOLDER = Path(__file__).parent
 
-st.set_page_config(page_title="smoothkd", page_icon=":material/blur_on:", layout="wide")
+st.set_page_config(page_title="smoothkd", page_icon=FOLDER / "icon.svg", layout="wide")
 st.logo(FOLDER / "logo.svg", size="large")
 st.html(FOLDER / "style.css")
 connect(Settings())

@@ -66,7 +66,7 @@ def remember_sweep(sweep_id: str) -> None:
         st.query_params["sweep"] = sweep_id
 
 
-@st.cache_resource(max_entries=4)
+@st.cache_resource(max_entries=4, on_release=ApiClient.close)
 def _client(url: str, key: str | None) -> ApiClient:
     return ApiClient(url, SecretStr(key) if key else None)
 

@@ -30,14 +30,14 @@ def outputs_html(outputs: Sequence[CaseOutput], *, settings: Mapping[str, str], 
 
 
 def difference_html(study: CaseStudy) -> str:
-    """How much less of the output is unsupported under the best KD student than under SFT."""
+    """How much smaller the unsupported share of the words is under the best KD student than under SFT."""
     points = 100 * study.difference
     if abs(points) < 0.5:
-        return '<span class="sk-difference">SFT and KD are equally well supported here</span>'
-    better, tone = ("less", "sk-better") if points > 0 else ("more", "sk-worse")
+        return '<span class="sk-difference">SFT and the best KD output are equally well supported</span>'
+    fewer, tone = ("fewer", "sk-better") if points > 0 else ("more", "sk-worse")
     return (
-        f'<span class="sk-difference {tone}"><strong>{abs(points):.0f} points {better}</strong> '
-        "of the best KD output is unsupported than of SFT's</span>"
+        f'<span class="sk-difference {tone}">Unsupported words: <strong>{abs(points):.0f} points {fewer}</strong> '
+        "in the best KD output than in SFT's</span>"
     )
 
 
@@ -58,10 +58,10 @@ def _output_html(output: CaseOutput, *, setting: str, colour: str) -> str:
     return (
         f'<article class="sk-card sk-output" style="--method:{colour}">'
         f'<div class="sk-card-head"><span class="sk-method" style="--method:{colour}">{escape(output.method)}</span>'
-        f'<span class="sk-dim">{marks} unsupported span{"s" if marks != 1 else ""}</span></div>'
+        f'<span class="sk-dim">{escape(setting)}</span></div>'
         f'<div class="sk-text" dir="auto">{text}</div>{note}'
-        f'<div class="sk-scores">{_scores_html(output.scores)}</div>'
-        f'<div class="sk-dim">{escape(setting)}</div></article>'
+        f'<div class="sk-scores"><span><strong>{marks}</strong> unsupported span{"s" if marks != 1 else ""}</span>'
+        f"{_scores_html(output.scores)}</div></article>"
     )
 
 

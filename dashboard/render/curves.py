@@ -80,9 +80,13 @@ def curve_chart(
     shown = frame[frame[column] > 0] if log else frame
     scale = alt.Scale(type="log" if log else "linear", zero=False, nice=True)
     colour = alt.Color("run:N", scale=alt.Scale(domain=list(colours), range=list(colours.values())), legend=None)
-    step = alt.X("step:Q", title="optimizer step", axis=alt.Axis(tickMinStep=1, format="d", grid=False))
+    step = alt.X("step:Q", title=None, axis=alt.Axis(tickMinStep=1, format="d", grid=False))
+    # Learning rates read as 1e-5, not as 0.00001.
+    ticks = alt.Axis(format="~e" if 0 < frame["value"].abs().max() < 1e-3 else ",.6~g")
     base = alt.Chart(shown).encode(x=step, color=colour)
-    line = base.mark_line(strokeWidth=2, interpolate="linear").encode(y=alt.Y(f"{column}:Q", title=None, scale=scale))
+    line = base.mark_line(strokeWidth=2, interpolate="linear").encode(
+        y=alt.Y(f"{column}:Q", title=None, scale=scale, axis=ticks)
+    )
     hit = base.mark_circle(size=70, opacity=0).encode(
         y=alt.Y(f"{column}:Q", scale=scale),
         tooltip=[

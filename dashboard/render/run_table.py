@@ -23,6 +23,17 @@ def run_table_html(runs: Sequence[RunRecord], *, now: datetime) -> str:
     )
 
 
+def drawn_first(runs: Sequence[RunRecord], *, limit: int) -> list[RunRecord]:
+    """At most ``limit`` runs, in the order given: the first of each method, then the second of each, and so on."""
+    places: dict[str, int] = {}
+    turns: dict[str, int] = {}
+    for run in runs:
+        places[run.id] = turns.get(run.method, 0)
+        turns[run.method] = places[run.id] + 1
+    kept = {run.id for run in sorted(runs, key=lambda run: places[run.id])[:limit]}
+    return [run for run in runs if run.id in kept]
+
+
 def legend_html(colours: Mapping[str, str]) -> str:
     """Which colour is which run, for all charts at once; keys are run labels."""
     entries = "".join(

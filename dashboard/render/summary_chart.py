@@ -29,9 +29,14 @@ def column_chart(summary: Summary, column: Column) -> alt.LayerChart | alt.Facet
     colours = method_colours(order)
     scale = alt.Scale(domain=[m for m in order if m in colours], range=[colours[m] for m in order if m in colours])
     methods = alt.Y("method:N", sort=order, title=None, axis=alt.Axis(labelLimit=220, domain=False, ticks=False))
-    values = alt.Scale(zero=False, nice=True, padding=24)
+    # Room on both sides, and a point alone in the middle of two units.
+    room = max(0.12 * (frame["high"].max() - frame["low"].min()), 1.0 if len(frame) == 1 else 0.2)
+    values = alt.Scale(zero=False, nice=False, domain=[frame["low"].min() - room, frame["high"].max() + room])
+    ticks = alt.Axis(format=".1f", tickCount=6)
     base = alt.Chart(frame).encode(y=methods, color=alt.Color("method:N", scale=scale, legend=None))
-    bars = base.mark_rule(strokeWidth=3, opacity=0.55).encode(x=alt.X("low:Q", title=None, scale=values), x2="high:Q")
+    bars = base.mark_rule(strokeWidth=3, opacity=0.55).encode(
+        x=alt.X("low:Q", title=None, scale=values, axis=ticks), x2="high:Q"
+    )
     points = base.mark_circle(size=130, opacity=1).encode(
         x=alt.X("mean:Q", title=None, scale=values),
         tooltip=[

@@ -48,14 +48,20 @@ def summary_table_html(summary: Summary) -> str:
 
 
 def missing_lines(summary: Summary) -> list[str]:
-    """What the table lacks and why, one line per gap."""
-    lines = []
+    """What the table lacks and why, one line per method and reason."""
+    gaps: dict[tuple[str, str], list[str]] = {}
     for row in summary.rows:
         for column in summary_columns(summary):
             cell = find_cell(row, column)
             if cell is None or cell.mean is None:
-                lines.append(f"{row.method}, {column[0]}, {metric_title(column[1])}: {_reason(row, cell)}")
-    return lines
+                gaps.setdefault((row.method, _reason(row, cell)), []).append(f"{column[0]} {metric_title(column[1])}")
+    return [f"{method} lacks {', '.join(columns)}: {reason}" for (method, reason), columns in gaps.items()]
+
+
+def missing_html(summary: Summary) -> str:
+    """The same as a list; empty where nothing is missing."""
+    items = "".join(f"<li>{escape(line)}</li>" for line in missing_lines(summary))
+    return f'<ul class="sk-notes">{items}</ul>' if items else ""
 
 
 def summary_markdown(summary: Summary) -> str:
@@ -93,7 +99,7 @@ def summary_csv(summary: Summary) -> str:
 
 
 def headline_html(summary: Summary) -> str:
-    """One tile per column: the best method, and how far it is from SFT; nothing for a column without both."""
+    """One tile per column: the best method, and how far it is from SFT; none before both have a mean."""
     colours = method_colours(row.method for row in summary.rows)
     tiles = "".join(_tile(summary, column, colours) for column in summary_columns(summary))
     return f'<div class="sk-tiles">{tiles}</div>' if tiles else ""
@@ -110,7 +116,7 @@ def _cell_html(row: SummaryRow, cell: SummaryCell | None) -> str:
         return f'<td class="sk-missing" title="{escape(_reason(row, cell))}">–</td>'
     text = mean_std(cell.mean, cell.std)
     runs = f"{cell.runs} run{'s' if cell.runs != 1 else ''}"
-    count = f'<span class="sk-count">n={cell.runs}</span>'
+    count = "" if cell.runs == row.runs else f'<span class="sk-count">n={cell.runs}</span>'
     if cell.best:
         return f'<td class="sk-best" title="best of its column, {runs}">★ <strong>{text}</strong>{count}</td>'
     return f'<td title="{runs}">{text}{count}</td>'
@@ -140,8 +146,11 @@ def _markdown_row(cells: Sequence[str]) -> str:
 
 def _tile(summary: Summary, column: Column, colours: dict[str, str]) -> str:
     baseline = next((find_cell(row, column) for row in summary.rows if row.method == "SFT"), None)
+    compared_with_sft = any(
+        row.method != "SFT" and (cell := find_cell(row, column)) and cell.mean is not None for row in summary.rows
+    )
     best = next(((row, cell) for row in summary.rows if (cell := find_cell(row, column)) and cell.best), None)
-    if best is None or baseline is None or baseline.mean is None:
+    if best is None or baseline is None or baseline.mean is None or not compared_with_sft:
         return ""
     row, cell = best
     assert cell.mean is not None

@@ -20,18 +20,19 @@ def sweep_card_html(sweep: SweepRecord, *, progress: float | None = None) -> str
     total = sum(sweep.runs.values())
     created = sweep.created_at.astimezone().strftime("%Y-%m-%d %H:%M")
     benchmarks = ", ".join(benchmark.name for benchmark in spec.evaluation.benchmarks) or "no evaluation"
-    facts = (
-        f"{teacher}{spec.student.model}",
-        f"{spec.dataset.path}, {spec.distillation.level} level",
-        f"{_grid(spec.grid)}",
-        benchmarks,
-    )
+    facts = {
+        "Models": f"{teacher}{spec.student.model}",
+        "Data": f"{spec.dataset.path}, {spec.distillation.level} level",
+        "Grid": _grid(spec.grid),
+        "Benchmarks": benchmarks,
+    }
+    listed = "".join(f"<span>{name}</span><span>{escape(fact)}</span>" for name, fact in facts.items())
     return (
         '<div class="sk-sweep">'
         f'<div class="sk-sweep-head"><strong>{escape(sweep.name)}</strong>'
         f"{state_badge(sweep.state, cancel_requested=sweep.cancel_requested)}"
         f'<span class="sk-dim">{created} · <code>{escape(sweep.id)}</code></span></div>'
-        f'<div class="sk-facts">{"".join(f"<span>{escape(fact)}</span>" for fact in facts)}</div>'
+        f'<div class="sk-facts">{listed}</div>'
         f"{_bar(sweep)}"
         f'<div class="sk-dim">{total} run{"s" if total != 1 else ""}: {state_counts(sweep.runs)}'
         f"{_percent(sweep, progress=progress)}</div></div>"

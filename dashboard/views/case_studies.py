@@ -14,8 +14,7 @@ from services.contract.records import CaseStudy, SweepRecord
 from services.contract.states import ENDED
 
 READ_AT_MOST = 500
-Key = tuple[str, str]
-"""Benchmark and item id: what stays the same while the order changes."""
+Key = tuple[str, str]  # benchmark and item id: what stays the same while the order changes
 
 
 def draw_page() -> None:
@@ -135,14 +134,16 @@ def choose_study(sweep_id: str, studies: Sequence[CaseStudy]) -> CaseStudy:
         width="stretch",
     )
     benchmark, item = keys[place]
-    st.query_params.from_dict({"sweep": sweep_id, "benchmark": benchmark, "item": item})
+    address = {"sweep": sweep_id, "benchmark": benchmark, "item": item}
+    if st.query_params.to_dict() != address:
+        st.query_params.from_dict(address)
     return studies[place]
 
 
 def draw_study(study: CaseStudy, settings: dict[str, str]) -> None:
     spans = [span for output in study.outputs for span in output.spans]
     st.html(f'<div class="sk-strip">{difference_html(study)}{legend_html(spans)}</div>')
-    article, outputs = st.columns([5, 8], gap="medium")
+    article, outputs = st.columns([1, 2], gap="medium")
     article.html(article_html(study))
     colours = method_colours(st.session_state["studies-methods"])
     outputs.html(outputs_html(study.outputs, settings=settings, colours=colours))

@@ -9,7 +9,7 @@ from dashboard.live import live, problems_shown
 from dashboard.readings import read_metrics
 from dashboard.render.colours import run_colours
 from dashboard.render.curves import CURVES, count_below_log, curve_chart, curve_frame, curves_by_metric
-from dashboard.render.run_table import legend_html, run_table_html
+from dashboard.render.run_table import drawn_first, legend_html, run_table_html
 from dashboard.render.words import run_label
 from dashboard.session import choose_sweep, client
 from services.contract.records import RunRecord
@@ -42,17 +42,10 @@ def draw_runs(sweep_id: str) -> bool:
 
 def choose_runs(sweep_id: str, runs: Sequence[RunRecord]) -> list[RunRecord]:
     labels = [run_label(run) for run in runs]
-    # With many runs, those of each method in turn, so that every method is seen at once.
-    places = {
-        run.id: place
-        for method in dict.fromkeys(run.method for run in runs)
-        for place, run in enumerate(other for other in runs if other.method == method)
-    }
-    first = sorted(runs, key=lambda run: places[run.id])[:SHOWN_AT_FIRST]
     chosen = st.multiselect(
         "Runs to draw",
         labels,
-        default=[label for label in labels if label in {run_label(run) for run in first}],
+        default=[run_label(run) for run in drawn_first(runs, limit=SHOWN_AT_FIRST)],
         key=f"runs-{sweep_id}",
         placeholder="Choose runs",
     )
@@ -75,9 +68,10 @@ def draw_curves(runs: Sequence[RunRecord], *, colours: dict[str, str]) -> None:
         key="smoothing",
         help="Weight of the past in a moving average. The measured values stay behind it, faint.",
     )
-    log = scale.toggle("Logarithmic axes", key="log-axes")
+    log = scale.toggle("Logarithmic values", key="log-axes")
     drawn = {run_label(run): colours[run_label(run)] for run in runs}
     st.html(legend_html(drawn))
+    st.caption("Over optimizer steps; point at a line for its run and values.")
     left_out = {}
     columns = st.columns(2, gap="large")
     for place, (name, of_runs) in enumerate(curves.items()):
@@ -90,7 +84,7 @@ def draw_curves(runs: Sequence[RunRecord], *, colours: dict[str, str]) -> None:
             left_out[name] = count_below_log(frame)
     if left_out:
         counts = ", ".join(f"{count} of {name}" for name, count in left_out.items())
-        st.caption(f"Not above 0 and so absent from logarithmic axes: {counts}.")
+        st.caption(f"Not above 0, so not drawn on logarithmic axes: {counts}.")
 
 
 draw_page()

@@ -6,7 +6,7 @@ from dashboard.live import live, problems_shown
 from dashboard.render.summary_chart import column_chart, column_frame
 from dashboard.render.summary_table import (
     headline_html,
-    missing_lines,
+    missing_html,
     summary_columns,
     summary_csv,
     summary_markdown,
@@ -50,14 +50,17 @@ def draw_waiting(sweep: SweepRecord) -> None:
 
 
 def draw_results(sweep: SweepRecord, summary: Summary) -> None:
-    st.html(headline_html(summary) or "<span></span>")
+    headline = headline_html(summary)
+    if headline:
+        st.html(headline)
     st.html(summary_table_html(summary))
     st.caption(
-        "Mean ± sample standard deviation over learning rate × batch size × seed; n is the number of runs behind a "
-        "cell. ★ marks the best of a column."
+        "Mean ± sample standard deviation over learning rate × batch size × seed; n, where fewer runs "
+        "than the row's stand behind a cell. ★ marks the best of a column."
     )
-    for line in missing_lines(summary):
-        st.text(f"Missing: {line}")
+    missing = missing_html(summary)
+    if missing:
+        st.html(missing)
     with st.container(horizontal=True):
         st.download_button(
             "CSV", summary_csv(summary), f"{sweep.name}.csv", "text/csv", icon=":material/download:", on_click="ignore"

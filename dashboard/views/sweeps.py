@@ -1,6 +1,7 @@
 """Sweeps: all of them with their progress, a way to stop one, and a form to submit the next."""
 
 import uuid
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 
@@ -47,15 +48,17 @@ def read_sweeps() -> list[SweepRecord]:
     st.session_state["sweeps-more"] = cursor is not None
     wanted = st.query_params.get("sweep")
     if wanted and wanted not in {sweep.id for sweep in sweeps}:
-        try:
+        with suppress(NotFoundError):
             sweeps.insert(0, client().sweep(wanted))
-        except NotFoundError as error:
-            st.html(problem_html(error, title="The sweep in the address does not exist"))
     return sweeps
 
 
 def draw_list() -> bool:
     sweeps = read_sweeps()
+    wanted = st.query_params.get("sweep")
+    if wanted and wanted not in {sweep.id for sweep in sweeps}:
+        missing = NotFoundError(f"there is no sweep {wanted}", fix="Choose one of the sweeps below.")
+        st.html(problem_html(missing, title="The sweep in the address does not exist"))
     if not sweeps:
         st.html(
             '<div class="sk-empty"><h3>No sweep yet</h3><p>Submit the one above, or run <code>make demo</code>: '

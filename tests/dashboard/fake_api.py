@@ -33,7 +33,8 @@ from services.contract.records import (
 )
 from services.contract.spec import SweepSpec, expand, parse_sweep
 from services.contract.states import State
-from tests.dashboard.seed import World, make_metrics, make_studies, make_summary, paper_sized, populated
+from tests.dashboard.seed import World, make_metrics, make_summary, paper_sized, populated
+from tests.dashboard.seed_studies import make_studies
 
 
 class FakeApi:

@@ -1,22 +1,17 @@
 """A world of sweeps that looks like a real one: three methods, two seeds, articles, invented facts, failures."""
 
-import json
 import math
 import random
-import re
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
+from functools import cache
 from statistics import fmean, stdev
 
-import services.datasets
 from services.contract.records import (
-    CaseOutput,
     CaseStudy,
     MetricPoint,
     Problem,
     RunRecord,
-    Span,
     StageRecord,
     Summary,
     SummaryCell,
@@ -25,18 +20,9 @@ from services.contract.records import (
 )
 from services.contract.spec import SweepSpec, expand, parse_sweep
 from services.contract.states import StageKind, State, combined_state
+from tests.dashboard.seed_studies import make_studies
 
 START = datetime(2026, 3, 2, 9, 30, tzinfo=UTC)
-ARTICLES = Path(services.datasets.__path__[0]) / "data" / "demo_news.jsonl"
-INVENTED_NAMES = ("Marlow Venn", "Port Esker", "Doctor Ilse Varga", "Northbank Holdings")
-INVENTED_ENDS = (
-    "A final decision is expected before the end of September.",
-    "Residents have welcomed the announcement, saying it was long overdue.",
-    "Shares in the company fell by 7 percent on the news.",
-)
-LEVELS = {"SFT": 3, "KD alpha=0.1": 2, "KD alpha=1": 1}
-"""How many facts each method invents, at most."""
-
 FAILURE = Problem(
     reason="training",
     what="the loss of step 41 is not finite (nan) with learning rate 0.0003 and fp16",
@@ -86,7 +72,19 @@ class World:
 
 
 def populated() -> World:
-    """Four sweeps: one finished with everything, one under way with a failure, one cancelled, one without alpha 0."""
+    """Three sweeps: one finished with everything, one under way with a failure, one cancelled."""
+    world = _populated()
+    return World(
+        sweeps=dict(world.sweeps),
+        runs={sweep_id: list(runs) for sweep_id, runs in world.runs.items()},
+        metrics=dict(world.metrics),
+        summaries=dict(world.summaries),
+        studies={sweep_id: list(studies) for sweep_id, studies in world.studies.items()},
+    )
+
+
+@cache
+def _populated() -> World:
     world = World()
     done = make_spec("news-alpha", alpha=[0, 0.1, 1.0], seed=[0, 1])
     finished = world.add("sw-0003-finished", done, [State.SUCCEEDED] * 6, age=timedelta(hours=3))
@@ -110,7 +108,7 @@ def populated() -> World:
     return world
 
 
-def paper_sized() -> World:
+def paper_sized(*, steps: int = 1500) -> World:
     """The paper's grid: 5 alphas x 2 learning rates x 3 batch sizes, on six benchmarks."""
     world = World()
     benchmarks = ["cnn_dailymail", "xsum", "arc_challenge", "arc_easy", "hellaswag", "openbookqa"]
@@ -123,7 +121,7 @@ def paper_sized() -> World:
     )
     runs = world.add("sw-0009-paper", spec, [State.SUCCEEDED] * 30, age=timedelta(hours=30))
     for run in runs:
-        world.metrics[run.id] = make_metrics(run, steps=1500)
+        world.metrics[run.id] = make_metrics(run, steps=steps)
     world.summaries["sw-0009-paper"] = make_summary("sw-0009-paper", runs, world.sweeps)
     world.studies["sw-0009-paper"] = make_studies(runs)
     return world
@@ -227,7 +225,8 @@ def make_summary(sweep_id: str, runs: list[RunRecord], sweeps: dict[str, SweepRe
             if benchmark == "xsum" and method == "KD alpha=0.1" and metric == "support":
                 values, missing = [], "the detector's model is not installed; run pip install 'smoothkd[worker]'"
             means[method] = (values, missing)
-        best = max((fmean(values) for values, _ in means.values() if values), default=None)
+        reached = [fmean(values) for values, _ in means.values() if values]
+        best = max(reached) if len(reached) > 1 else None
         for method, (values, missing) in means.items():
             cells[method].append(
                 SummaryCell(
@@ -251,72 +250,3 @@ def make_summary(sweep_id: str, runs: list[RunRecord], sweeps: dict[str, SweepRe
         for method in methods
     ]
     return Summary(sweep_id=sweep_id, state=sweep.state, rows=rows)
-
-
-def make_studies(runs: list[RunRecord]) -> list[CaseStudy]:
-    """Twelve items, widest difference first; the last is of xsum and as long as a newspaper's."""
-    records = [json.loads(line) for line in ARTICLES.read_text(encoding="utf-8").splitlines()][:12]
-    firsts = {run.method: run for run in reversed(runs)}
-    studies = []
-    for index, record in enumerate(records):
-        source = record["article"] if index < 11 else "\n\n".join(other["article"] for other in records[:5])
-        outputs = []
-        for method in dict.fromkeys(run.method for run in runs):
-            noise = random.Random(f"{index}{method}")
-            output = invent(
-                record["highlights"], facts=noise.randint(LEVELS.get(method, 2) - 1, LEVELS.get(method, 2)), noise=noise
-            )
-            spans = find_unsupported(output, source)
-            support = 100 * (1 - len(spans) / max(len(re.findall(r"\w{4,}", output)), 1))
-            scores = {"rouge_l": 40 + noise.gauss(0, 9), "support": support}
-            outputs.append(
-                CaseOutput(run_id=firsts[method].id, method=method, output=output, scores=scores, spans=spans)
-            )
-        shares = [len(output.spans) / max(len(output.output.split()), 1) for output in outputs]
-        studies.append(
-            CaseStudy(
-                benchmark="demo_news" if index < 11 else "xsum",
-                item_id=record["id"] if index < 11 else "38264402",
-                source=source,
-                reference=record["highlights"],
-                outputs=outputs,
-                difference=shares[0] - min(shares[1:]),
-            )
-        )
-    return sorted(studies, key=lambda study: -study.difference)
-
-
-def invent(summary: str, *, facts: int, noise: random.Random) -> str:
-    """The summary with that many facts made up: a number changed, a name put in, an ending added."""
-    if facts >= 1:
-        summary = re.sub(r"\d+", lambda found: str(int(found.group()) + noise.randint(3, 90)), summary, count=1)
-    if facts >= 2:
-        summary = re.sub(
-            r"(?<=[a-z] )([A-Z][a-z]+ ?)+",
-            lambda found: noise.choice(INVENTED_NAMES) + (" " if found.group().endswith(" ") else ""),
-            summary,
-            count=1,
-        )
-    return f"{summary} {noise.choice(INVENTED_ENDS)}" if facts >= 3 else summary
-
-
-def find_unsupported(output: str, source: str) -> list[Span]:
-    """Words, names and numbers of the output that the source does not contain."""
-    known = set(re.findall(r"\w+", source.lower()))
-    spans = []
-    for found in re.finditer(r"\w+", output):
-        word = found.group()
-        if word.lower() in known or (len(word) < 4 and not word.isdigit()):
-            continue
-        kind = "number" if word.isdigit() else "entity" if word[0].isupper() else "word"
-        spans.append(
-            Span(
-                start=found.start(),
-                end=found.end(),
-                detector="lexical",
-                kind=kind,
-                score={"number": 1.0, "entity": 0.9, "word": 0.5}[kind],
-                explanation=f"the source does not contain “{word}”",
-            )
-        )
-    return spans

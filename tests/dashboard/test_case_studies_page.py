@@ -1,0 +1,74 @@
+"""The Case studies page: outputs side by side, moving between items, filters, escaping."""
+
+from services.contract.states import State
+from tests.dashboard.pages import FINISHED, RUNNING, button, html
+from tests.dashboard.seed_studies import make_studies
+
+
+def test_side_by_side_with_marks(api, visit):
+    text = html(visit("case_studies", sweep=FINISHED))
+    first = api.world.studies[FINISHED][0]
+    assert text.count('<article class="sk-card sk-output"') == 3
+    assert text.index(">SFT<") < text.index(">KD alpha=0.1<") < text.index(">KD alpha=1<")
+    assert first.source[:40] in text
+    assert text.count("data-tip=") == sum(len(output.spans) for output in first.outputs)
+    assert "sk-kind-number" in text
+    assert "lr 1e-05 · bs 4 · seed 0" in text
+
+
+def test_next_and_previous_move_through_all_and_the_address_follows(api, visit):
+    app = visit("case_studies", sweep=FINISHED)
+    ids = [study.item_id for study in api.world.studies[FINISHED]]
+    seen = [app.query_params["item"]]
+    for _ in ids[1:]:
+        button(app, "Next").click().run()
+        seen.append(app.query_params["item"])
+    assert seen == ids
+    assert button(app, "Next").disabled
+    button(app, "Previous").click().run()
+    assert app.query_params["item"] == ids[-2]
+
+
+def test_an_item_can_be_linked_to(api, visit):
+    wanted = api.world.studies[FINISHED][7]
+    app = visit("case_studies", sweep=FINISHED, item=wanted.item_id)
+    assert wanted.source[:60] in html(app)
+    assert app.query_params["benchmark"] == wanted.benchmark
+
+
+def test_filters(api, visit):
+    app = visit("case_studies", sweep=FINISHED)
+    app.selectbox(key=f"benchmark-{FINISHED}").select("xsum").run()
+    assert app.query_params["item"] == "38264402"
+    app.selectbox(key=f"benchmark-{FINISHED}").select("all").run()
+    app.slider(key=f"least-{FINISHED}").set_value(10).run()
+    wide = [study for study in api.world.studies[FINISHED] if round(100 * abs(study.difference)) >= 10]
+    assert 0 < len(wide) < 12
+    assert len(app.selectbox(key=f"item-{FINISHED}").options) == len(wide)
+    app.selectbox(key=f"better-{FINISHED}").select("SFT better supported").run()
+    assert "No item differs by that much" in app.info[0].value
+
+
+def test_text_of_models_and_articles_is_escaped(api, visit):
+    hostile = '<script>alert(1)</script> $x$ **b** <img src=x onerror="alert(1)">'
+    first = api.world.studies[FINISHED][0]
+    outputs = [output.model_copy(update={"output": hostile, "spans": []}) for output in first.outputs]
+    api.world.studies[FINISHED][0] = first.model_copy(
+        update={"source": hostile, "reference": hostile, "outputs": outputs}
+    )
+    text = html(visit("case_studies", sweep=FINISHED))
+    assert "<script" not in text
+    assert "<img" not in text
+    assert text.count("&lt;script&gt;alert(1)&lt;/script&gt; $x$ **b** &lt;img") == 5
+
+
+def test_studies_are_read_again_only_when_a_run_changes_state(api, visit):
+    app = visit("case_studies", sweep=RUNNING)
+    assert "Nothing to compare yet" in app.info[0].value
+    api.requests.clear()
+    app.run()
+    assert not [request for request in api.requests if request.endswith("/case-studies")]
+    runs = api.world.runs[RUNNING]
+    api.world.set_run(RUNNING, 2, State.SUCCEEDED)
+    api.world.studies[RUNNING] = make_studies([runs[0], runs[2]])
+    assert html(app.run()).count('<article class="sk-card sk-output"') == 2
