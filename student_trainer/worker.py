@@ -6,6 +6,7 @@ Neither of the first two imports torch, and the third gives its GPU memory back 
 before it. The store decides what is begun and what counts; RQ only passes the word.
 """
 
+import contextlib
 import logging
 import os
 import secrets
@@ -17,8 +18,11 @@ from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
+from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
+from redis.retry import Retry
 from rq import Worker, worker_registration
+from rq.exceptions import StopRequested
 from rq.serializers import JSONSerializer
 
 from services.contract.errors import QueueUnavailableError
@@ -65,7 +69,11 @@ def run_worker(settings: Settings, *, command: Sequence[str] = STAGE_COMMAND, bu
         worker_ttl=IDLE_SECONDS,
     )
     log.info("worker %s waits for stages", name)
-    worker.work(burst=burst, logging_level="WARNING")
+    worker.stop_on_signals()
+    try:
+        worker.work(burst=burst, logging_level="WARNING")
+    except StopRequested:
+        worker.teardown()
     if not burst and not worker.asked_to_stop:
         raise QueueUnavailableError(
             f"worker {name} ended because the queue stayed away or answered nonsense; the log above says which",
@@ -90,6 +98,10 @@ class StageWorker(Worker):
     @property
     def asked_to_stop(self) -> bool:
         return self._shutdown_requested_date is not None
+
+    def stop_on_signals(self) -> None:
+        """SIGTERM and SIGINT raise StopRequested from here on; RQ itself heeds them only once it has started up."""
+        self._install_signal_handlers()
 
     def get_heartbeat_ttl(self, job: Any, working_time: float = 0.0) -> int:
         return SILENCE_SECONDS
@@ -122,6 +134,19 @@ class StageWorker(Worker):
         assert self.pid is not None
         die_with_parent(self.pid, with_signal=signal.SIGTERM)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+    def request_stop(self, signum: Any, frame: Any) -> None:
+        # Who stops waits for nobody: with the patience of work, RQ's goodbyes to a Redis that is down take minutes.
+        self.connection.set_retry(Retry(NoBackoff(), 0))
+        super().request_stop(signum, frame)
+
+    def set_shutdown_requested_date(self) -> None:
+        with contextlib.suppress(RedisError):
+            super().set_shutdown_requested_date()
+
+    def teardown(self) -> None:
+        with contextlib.suppress(RedisError):
+            super().teardown()
 
     def handle_warm_shutdown_request(self) -> None:
         """Has the job process stop its stage and hand it back: nobody waits hours for a training to end."""

@@ -92,14 +92,14 @@ class Queue:
             for registry in (StartedJobRegistry, FailedJobRegistry):
                 registry(queue=self._queue).cleanup()
 
-    def worker_hosts(self) -> set[str]:
-        """Hosts of the workers that listen to the queue."""
+    def worker_hosts(self) -> list[str]:
+        """The host of every worker that listens to the queue."""
         with self._available():
-            hosts = set()
+            hosts = []
             for key in BaseWorker.all_keys(queue=self._queue):
                 host, heard = self._connection.hmget(key, "hostname", "last_heartbeat")
                 if host and heard and _age(as_text(heard)) < SILENT_SECONDS:
-                    hosts.add(as_text(host))
+                    hosts.append(as_text(host))
             return hosts
 
     def close(self) -> None:
