@@ -37,7 +37,7 @@ def _run(model: str, spec: EvaluationSpec, out: Path, settings: Settings) -> Non
     from rich.console import Console
     from rich.table import Table
 
-    from services.evaluation.evaluate import evaluate_to_directory
+    from services.evaluation.directory import evaluate_to_directory
 
     scores = evaluate_to_directory(model, spec, out, settings)
     table = Table("benchmark", "metric", "value", "items", box=None, pad_edge=False)

@@ -16,6 +16,7 @@
     │   ├── HandshakeError           teacher and student do not share tokenizer or vocabulary
     │   └── LabelMismatchError       soft labels belong to other tokens than those asked for
     ├── TrainingError                training cannot go on (non-finite loss, bad checkpoint)
+    ├── EvaluationError              none of a run's benchmarks could be carried out
     ├── CancelledError               stopped because the user asked for it
     ├── ApiUnavailableError          no API answers at the address
     ├── QueueUnavailableError        Redis or Valkey does not answer
@@ -155,6 +156,12 @@ class TrainingError(SmoothKDError):
     """Training cannot go on: a non-finite loss, a checkpoint of another run, no memory."""
 
     reason = "training"
+
+
+class EvaluationError(SmoothKDError):
+    """None of the benchmarks could be carried out; one that can keeps its scores."""
+
+    reason = "evaluation"
 
 
 class CancelledError(SmoothKDError):

@@ -1,0 +1,107 @@
+"""An evaluation in a directory: its generations as they come, and its scores when it is done."""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import Progress
+
+from services.contract.errors import ConflictError, InvalidInputError
+from services.contract.records import Generation, Score
+from services.contract.settings import Settings
+from services.contract.spec import EvaluationSpec
+from services.evaluation.evaluate import evaluate
+from services.models.resolve import resolve_model
+
+GENERATIONS = "generations.jsonl"
+SCORES = "scores.json"
+SUBJECT = "evaluated.json"
+
+
+def evaluate_to_directory(model: str, spec: EvaluationSpec, out: Path, settings: Settings) -> list[Score]:
+    """The scores of a model, also in ``out`` beside the generations, one JSON object a line.
+
+    A directory that an interrupted evaluation of the same model left is carried on; ConflictError when it is another
+    model's, or its outputs had another length.
+    """
+    if not spec.benchmarks:
+        raise InvalidInputError("no benchmark was named", fix="Name at least one, for example demo_news.")
+    directory = resolve_model(model, settings=settings)
+    out.mkdir(parents=True, exist_ok=True)
+    _claim(out, directory=Path(directory), spec=spec)
+    known = _read_generations(out / GENERATIONS)
+    with (
+        (out / GENERATIONS).open("a", encoding="utf-8") as file,
+        Progress(console=Console(stderr=True), transient=True) as progress,
+    ):
+        task = progress.add_task("Evaluating", total=1.0)
+
+        def keep(generations: Sequence[Generation]) -> None:
+            known.extend(generations)
+            file.writelines(f"{generation.model_dump_json()}\n" for generation in generations)
+            file.flush()
+
+        scores = evaluate(
+            directory,
+            spec=spec,
+            settings=settings,
+            known=list(known),
+            on_generations=keep,
+            on_progress=lambda share: progress.update(task, completed=share),
+        )
+    newest = {(generation.benchmark, generation.item_id): generation for generation in known}
+    _replace(out / GENERATIONS, (newest[key].model_dump_json() for key in sorted(newest)))
+    _replace(out / SCORES, [json.dumps([score.model_dump() for score in scores], indent=2)])
+    return scores
+
+
+def _claim(out: Path, *, directory: Path, spec: EvaluationSpec) -> None:
+    """Notes whose outputs these are: the weights by size and time, which is quick and changes when they do."""
+    weights = sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")])
+    subject = {
+        "model": str(directory),
+        "weights": {file.name: [(stat := file.stat()).st_size, stat.st_mtime_ns] for file in weights},
+        "max_new_tokens": spec.max_new_tokens,
+    }
+    claimed = out / SUBJECT
+    if claimed.exists() and (before := json.loads(claimed.read_text(encoding="utf-8"))) != subject:
+        raise ConflictError(
+            f"{out} holds an evaluation of {before['model']} with up to {before['max_new_tokens']} tokens an output, "
+            "or of other weights there",
+            fix="Choose another directory, or remove this one.",
+        )
+    if not claimed.exists() and (out / GENERATIONS).exists():
+        raise ConflictError(
+            f"{out / GENERATIONS} exists, and nothing says which model wrote it", fix="Choose another directory."
+        )
+    _replace(claimed, [json.dumps(subject, indent=2)])
+
+
+def _read_generations(file: Path) -> list[Generation]:
+    """What was written before; a last line that was cut short is removed."""
+    if not file.exists():
+        return []
+    generations = []
+    whole = 0
+    lines = file.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        try:
+            generations.append(Generation.model_validate_json(line))
+        except ValidationError:
+            if number < len(lines):
+                raise ConflictError(
+                    f"{file}, line {number} is not a generation", fix="Choose another directory, or remove this one."
+                ) from None
+            break
+        whole += len(line)
+    os.truncate(file, whole)
+    return generations
+
+
+def _replace(file: Path, lines: Iterable[str]) -> None:
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    partial.replace(file)
