@@ -18,7 +18,7 @@ import yaml
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from services.contract.errors import AuthenticationError, NotFoundError, SmoothKDError
+from services.contract.errors import AuthenticationError, NotFoundError, SmoothKDError, StoreUnavailableError
 from services.contract.problems import MEDIA_TYPE, describe
 from services.contract.records import (
     CaseStudyPage,
@@ -38,12 +38,14 @@ from tests.dashboard.seed_studies import make_studies
 
 
 class FakeApi:
-    """``requests`` lists method and path of each request; ``failure`` is what every request is answered with."""
+    """``requests`` lists method and path of each request; ``failure`` is what every request is answered with;
+    ``lose_answer`` lets the next submission be stored and answered with an error."""
 
     def __init__(self, world: World, *, key: str | None = None) -> None:
         self.world = world
         self.key = key
         self.failure: SmoothKDError | None = None
+        self.lose_answer = False
         self.requests: list[str] = []
         self.keys_seen: list[str] = []
         self.on_request: Callable[[], None] = lambda: None
@@ -76,6 +78,9 @@ class FakeApi:
             return _json(next(sweep for sweep in self.world.sweeps.values() if sweep.spec == spec))
         self.keys_seen.append(key)
         self._add(sweep_id, spec)
+        if self.lose_answer:
+            self.lose_answer = False
+            raise StoreUnavailableError("the answer was lost", fix="Submit again.")
         return _json(self.world.sweeps[sweep_id])
 
     async def check(self, request: Request) -> Response:

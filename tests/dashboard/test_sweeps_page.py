@@ -28,6 +28,18 @@ def test_the_form_holds_the_demo_and_submits_it_once(api, visit):
     assert not app.run().success
 
 
+def test_submitting_again_after_a_lost_answer_makes_no_second_sweep(api, visit):
+    app = visit("sweeps")
+    api.lose_answer = True
+    button(app, "Submit").click().run()
+    assert "the answer was lost" in html(app)
+    button(app, "Submit").click().run()
+    assert app.success[0].value == "Submitted as sw-9000-demo."
+    assert len(api.world.sweeps) == 4
+    button(app, "Submit").click().run()
+    assert len(api.world.sweeps) == 5
+
+
 def test_mistakes_are_worded_by_the_api(api, visit):
     app = visit("sweeps")
     text = app.text_area(key="spec").value.replace("alpha: [", "alpah: [").replace("epochs: 1", "epochs: 0")
