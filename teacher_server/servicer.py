@@ -70,7 +70,7 @@ class TeacherServicer(TeacherServiceServicer):
                 generates=card.generates,
                 special_token_ids=card.special_token_ids,
             )
-        raise AssertionError("an error ends the call")
+        return pb.GetTeacherResponse()
 
     async def GetLmHead(self, request: pb.GetLmHeadRequest, context: Context) -> None:  # noqa: N802
         async with translated_errors(context):

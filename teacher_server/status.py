@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-import grpc
+import grpc.aio
 from google.protobuf import any_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
@@ -28,6 +28,9 @@ async def translated_errors(context: Any) -> AsyncIterator[None]:
         await context.abort_with_status(rpc_status.to_status(to_status(error)))
     except (grpc.aio.AbortError, grpc.aio.UsageError):
         raise
+    except grpc.aio.InternalError:
+        # What a write raises once nobody is there to read.
+        logger.info("a client left before it had its whole answer")
     except Exception as error:
         logger.exception("a request failed")
         unknown = SmoothKDError(f"the teacher failed: {error}", fix="Look at the teacher's log.")

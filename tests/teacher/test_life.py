@@ -179,7 +179,8 @@ def test_requests_are_interleaved() -> None:
 
 def test_scores_run_between_the_steps_of_a_decode(model_of: Callable[[str], Path]) -> None:
     options = TeacherOptions(model=str(model_of("llama-untied")), engine="transformers", port=0)
-    prompts = [Prompt(id=str(index), token_ids=[index + 5, 9]) for index in range(32)]
+    # One batch.
+    prompts = [Prompt(id=str(index), token_ids=[index + 5, 9]) for index in range(8)]
     with running_teacher(options) as address, TeacherClient(address) as decoder, TeacherClient(address) as scorer:
         scorer.describe()
         order: list[str] = []
@@ -194,11 +195,14 @@ def test_scores_run_between_the_steps_of_a_decode(model_of: Callable[[str], Path
         while decoding.is_alive() and not order:
             scored += len(list(scorer.score(long_sequences(2))))
         decoding.join()
-    assert scored >= 4
-    assert len(order) == 32
+    # Few of these can have come before the decode began; the others ran within its 240 steps.
+    assert scored >= 20
+    assert len(order) == 8
 
 
-def test_a_slow_reader_bounds_what_is_computed_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_reader_bounds_what_is_computed_for_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     from teacher_server import batching, mock_engine
 
     monkeypatch.setattr(batching, "UNREAD_BYTES", 100_000)
@@ -216,11 +220,14 @@ def test_a_slow_reader_bounds_what_is_computed_for_it(monkeypatch: pytest.Monkey
     ):
         stream = reader.score(sequences)
         next(stream)
-        for _ in range(20):
+        # After each of these it would be the reader's turn again, for 8 sequences at a time.
+        for _ in range(100):
             list(other.score(long_sequences(1)))
         # 51 KB each as sent: gRPC's windows hold some dozens, then the writer waits.
         assert len(computed) < 350
         stream.close()
+    # That a client leaves while it is being written to is nothing to worry about.
+    assert [record.message for record in caplog.records if record.name.startswith("teacher_server")] == []
 
 
 def test_garbage_on_the_port_leaves_the_server_alive(mock_address: str, mock_teacher: TeacherClient) -> None:
