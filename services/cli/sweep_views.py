@@ -108,11 +108,12 @@ def progress_bars() -> Progress:
 
 def show_progress(bars: Progress, tasks: dict[str, TaskID], runs: list[RunRecord]) -> bool:
     """Bring the bars up to date; whether every run has ended."""
+    labels = run_labels(runs)
     for run in runs:
         running = [stage.kind.value for stage in run.stages if stage.state == State.RUNNING]
         doing = ", ".join(running) if running else run.state.value
         if run.id not in tasks:
-            tasks[run.id] = bars.add_task(run.method, total=1.0, doing=doing, start=run.state != State.QUEUED)
+            tasks[run.id] = bars.add_task(labels[run.id], total=1.0, doing=doing, start=run.state != State.QUEUED)
         task = next(task for task in bars.tasks if task.id == tasks[run.id])
         if run.state != State.QUEUED and not task.started:
             bars.start_task(task.id)
@@ -120,9 +121,22 @@ def show_progress(bars: Progress, tasks: dict[str, TaskID], runs: list[RunRecord
             bars.stop_task(task.id)
         bars.update(task.id, completed=run.progress, doing=doing)
         if not console.is_terminal and doing != task.fields.get("printed"):
-            console.print(f"{run.method}: {doing}")
+            console.print(f"{labels[run.id]}: {doing}")
             bars.update(task.id, printed=doing)
     return bool(runs) and all(run.state in ENDED for run in runs)
+
+
+def run_labels(runs: list[RunRecord]) -> dict[str, str]:
+    """Each run's method, and whatever of learning rate, batch size and seed tells it from the others."""
+    specs = [run.spec for run in runs]
+    labels = {}
+    for run in runs:
+        parts = [run.method]
+        for name, axis in (("lr", "learning_rate"), ("batch", "batch_size"), ("seed", "seed")):
+            if len({getattr(spec, axis) for spec in specs}) > 1:
+                parts.append(f"{name}={getattr(run.spec, axis):g}")
+        labels[run.id] = " ".join(parts)
+    return labels
 
 
 def summary_table(summary: Summary) -> Table:
