@@ -61,21 +61,14 @@ def read_json(text: str) -> object:
 
 async def _read_body(request: Request) -> bytes:
     body = bytearray()
-    announced = request.headers.get("content-length", "0")
-    if announced.isdecimal() and int(announced) > MAX_BODY_BYTES:
-        raise _too_large()
     async for chunk in request.stream():
         body += chunk
         if len(body) > MAX_BODY_BYTES:
-            raise _too_large()
+            raise BodyTooLargeError(
+                f"the body is larger than {MAX_BODY_BYTES} bytes",
+                fix="A sweep names its data set and models and does not hold them; split a larger grid.",
+            )
     return bytes(body)
-
-
-def _too_large() -> BodyTooLargeError:
-    return BodyTooLargeError(
-        f"the body is larger than {MAX_BODY_BYTES} bytes",
-        fix="A sweep names its data set and models and does not hold them; split a larger grid.",
-    )
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

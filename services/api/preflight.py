@@ -144,9 +144,7 @@ def _ask(teacher: wire_grpc.TeacherServiceStub, *, address: str, model: str) -> 
     answer: wire.GetTeacherResponse
     try:
         answer = teacher.GetTeacher(wire.GetTeacherRequest(model=model), timeout=PROBE_SECONDS)
-    except grpc.RpcError as error:
-        if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-            raise
+    except grpc.RpcError:
         # It knows best which names mean its model, and this one does not; ask for a name that does.
         served = teacher.GetTeacher(wire.GetTeacherRequest(), timeout=PROBE_SECONDS).model
         raise HandshakeError(

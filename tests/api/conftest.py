@@ -29,8 +29,10 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 
 @pytest.fixture
-def queue(valkey_url: str) -> Queue:
-    return Queue(valkey_url)
+def queue(valkey_url: str) -> Iterator[Queue]:
+    queue = Queue(valkey_url)
+    yield queue
+    queue.close()
 
 
 @pytest.fixture(scope="session")

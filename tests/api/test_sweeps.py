@@ -1,7 +1,9 @@
 """Submitting, listing and cancelling sweeps over HTTP."""
 
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -20,6 +22,7 @@ from services.contract.settings import Settings
 from services.contract.spec import SweepSpec, expand
 from services.contract.states import State
 from services.store.queue import Queue, job_id
+from services.store.reconciler import Reconciler
 from services.store.store import Store
 from tests.api.conftest import make_spec, running
 
@@ -114,8 +117,13 @@ def test_what_was_submitted_is_found_again_though_the_teacher_has_gone(
         api.submit_sweep(spec)
 
 
-def test_submitted_work_reaches_the_queue(api: ApiClient, queue: Queue, spec: SweepSpec) -> None:
-    runs = api.all_runs(api.submit_sweep(spec).id)
+def test_submitted_work_is_queued_at_once(
+    serve: Callable[..., str], queue: Queue, monkeypatch: pytest.MonkeyPatch, spec: SweepSpec
+) -> None:
+    # Left to itself the reconciler would look again in an hour.
+    monkeypatch.setattr("services.api.app.Reconciler", partial(Reconciler, interval_seconds=3600))
+    with ApiClient(serve()) as api:
+        runs = api.all_runs(api.submit_sweep(spec).id)
     wanted = {job_id(run.stages[0].id, 1) for run in runs}
     deadline = time.monotonic() + 10
     while queue.waiting() != wanted and time.monotonic() < deadline:
