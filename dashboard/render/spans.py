@@ -69,10 +69,11 @@ def _segment_html(segment: Segment) -> str:
     if not segment.spans:
         return text
     surest = max(segment.spans, key=lambda span: span.score)
+    # An element and not an attribute: the browser's sanitiser drops attributes that look like markup.
     tip = "\n".join(dict.fromkeys(_explanation(span) for span in segment.spans))
     return (
         f'<mark class="sk-span {_kind_class(surest.kind)}" style="--strength:{12 + 24 * surest.score:.0f}%" '
-        f'tabindex="0" data-tip="{escape(tip)}">{text}</mark>'
+        f'tabindex="0">{text}<span class="sk-tip" role="tooltip">{escape(tip)}</span></mark>'
     )
 
 

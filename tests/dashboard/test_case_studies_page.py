@@ -11,7 +11,7 @@ def test_side_by_side_with_marks(api, visit):
     assert text.count('<article class="sk-card sk-output"') == 3
     assert text.index(">SFT<") < text.index(">KD alpha=0.1<") < text.index(">KD alpha=1<")
     assert first.source[:40] in text
-    assert text.count("data-tip=") == sum(len(output.spans) for output in first.outputs)
+    assert text.count('role="tooltip"') == sum(len(output.spans) for output in first.outputs)
     assert "sk-kind-number" in text
     assert "lr 1e-05 · bs 4 · seed 0" in text
 

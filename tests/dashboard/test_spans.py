@@ -18,22 +18,27 @@ class Marks(HTMLParser):
         self.text = ""
         self.marks: list[dict[str, str]] = []
         self.tags: list[str] = []
-        self._open = False
+        self._into = "text"
         self.feed(markup)
         self.close()
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         if tag == "mark":
-            self._open = True
-            self.marks.append({**dict(attrs), "text": ""})
+            self._into = "mark"
+            self.marks.append({**dict(attrs), "text": "", "tip": ""})
+        if ("class", "sk-tip") in attrs:
+            self._into = "tip"
 
     def handle_endtag(self, tag):
-        self._open = False
+        self._into = "text"
 
     def handle_data(self, data):
+        if self._into == "tip":
+            self.marks[-1]["tip"] += data
+            return
         self.text += data
-        if self._open:
+        if self._into == "mark":
             self.marks[-1]["text"] += data
 
 
@@ -45,7 +50,7 @@ def test_one_span():
     seen = Marks(marked_html("born in Ostrel today", [span(8, 14)]))
     assert seen.text == "born in Ostrel today"
     assert [mark["text"] for mark in seen.marks] == ["Ostrel"]
-    assert seen.marks[0]["data-tip"] == "entity: not in the article (lexical, certainty 100%)"
+    assert seen.marks[0]["tip"] == "entity: not in the article (lexical, certainty 100%)"
     assert "sk-kind-entity" in seen.marks[0]["class"].split()
 
 
@@ -61,7 +66,7 @@ def test_overlapping_spans_are_cut_and_explain_both():
     ]
     seen = Marks(marked_html(text, spans))
     assert [mark["text"] for mark in seen.marks] == ["Doctor ", "Ilse", " Varga"]
-    assert seen.marks[1]["data-tip"].splitlines() == [
+    assert seen.marks[1]["tip"].splitlines() == [
         "entity: one (lexical, certainty 90%)",
         "word: two (lexical, certainty 40%)",
     ]
@@ -85,7 +90,7 @@ def test_adjacent_spans_stay_two_marks():
 def test_equal_spans_of_two_detectors_are_one_mark_and_equal_explanations_one_line():
     same = [span(0, 4), span(0, 4)]
     seen = Marks(marked_html("Venn", same))
-    assert [mark["data-tip"].count("\n") for mark in seen.marks] == [0]
+    assert [mark["tip"].count("\n") for mark in seen.marks] == [0]
 
 
 def test_out_of_range_spans_are_clipped_counted_and_never_lose_text():
@@ -126,13 +131,13 @@ def test_offsets_count_code_points(text, word):
 def test_model_text_is_text_only(text):
     seen = Marks(marked_html(text, [span(1, 5, explanation=text)]))
     assert seen.text == text
-    assert set(seen.tags) == {"mark"}
-    assert text in seen.marks[0]["data-tip"]
+    assert set(seen.tags) == {"mark", "span"}
+    assert text in seen.marks[0]["tip"]
 
 
 def test_a_kind_of_an_unknown_name_cannot_leave_its_attribute():
     seen = Marks(marked_html("abc", [span(0, 3, kind='"><b>')]))
-    assert seen.tags == ["mark"]
+    assert seen.tags == ["mark", "span"]
     assert seen.marks[0]["class"].split()[-1] == "sk-kind-other"
     assert Marks(legend_html([span(0, 3, kind='"><b>')])).text.count('"><b>') == 1
 
