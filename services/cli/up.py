@@ -49,7 +49,7 @@ def running_platform(settings: Settings, *, model: str, engine: str, workers: in
                     status.update(f"waiting for {name}")
                     supervisor.wait_healthy(name)
                     console.print(f"  [green]●[/] {name}")
-            console.print(f"API        {settings.resolved_api_url}/docs")
+            console.print(f"API        {settings.resolved_api_url}/v1/docs")
             console.print(f"Dashboard  {dashboard_url(settings)}")
             try:
                 yield supervisor
