@@ -86,16 +86,15 @@ def _read_generations(file: Path) -> list[Generation]:
         return []
     generations = []
     whole = 0
-    lines = file.read_bytes().splitlines(keepends=True)
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(file.read_bytes().splitlines(keepends=True), start=1):
+        if not line.endswith(b"\n"):
+            break
         try:
             generations.append(Generation.model_validate_json(line))
         except ValidationError:
-            if number < len(lines):
-                raise ConflictError(
-                    f"{file}, line {number} is not a generation", fix="Choose another directory, or remove this one."
-                ) from None
-            break
+            raise ConflictError(
+                f"{file}, line {number} is not a generation", fix="Choose another directory, or remove this one."
+            ) from None
         whole += len(line)
     os.truncate(file, whole)
     return generations

@@ -1,0 +1,197 @@
+"""A whole evaluation: scores by benchmark, failures that stay where they are, and nothing done twice."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from services.contract.errors import CancelledError, ConflictError, EvaluationError, InvalidInputError
+from services.contract.records import Generation, Score
+from services.contract.settings import Settings
+from services.contract.spec import EvaluationSpec
+from services.evaluation import summarisation
+from services.evaluation.directory import evaluate_to_directory
+from services.evaluation.evaluate import evaluate
+from services.evaluation.rouge import rouge_l
+from services.evaluation.support import check_support
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(data_dir=tmp_path / "data", offline=True)
+
+
+def test_scores_are_means_over_the_generations(tiny_model: Path, settings: Settings) -> None:
+    generations: list[Generation] = []
+    progress: list[float] = []
+    scores = evaluate(
+        str(tiny_model),
+        spec=_spec("demo_news", limit=5),
+        settings=settings,
+        on_generations=generations.extend,
+        on_progress=progress.append,
+    )
+    assert len({generation.item_id for generation in generations}) == 5
+    assert progress == [0.4, 0.8, 1.0, 1.0]
+    rouge = [rouge_l(generation.output, reference=generation.reference) for generation in generations]
+    support = [check_support(generation.output, source=generation.source).share for generation in generations]
+    shares = [share for share in support if share is not None]
+    assert scores == [
+        Score(benchmark="demo_news", metric="rouge_l", value=sum(rouge) / 5, items=5),
+        Score(benchmark="demo_news", metric="support", value=sum(shares) / len(shares), items=len(shares)),
+    ]
+    for generation in generations:
+        expected = check_support(generation.output, source=generation.source)
+        assert generation.spans == expected.spans
+        assert generation.scores.get("support") == expected.share
+
+
+def test_one_failing_benchmark_leaves_the_others(tiny_model: Path, settings: Settings, tmp_path: Path) -> None:
+    broken = tmp_path / "xsum.jsonl"
+    broken.write_text('{"document": "No summary here.", "id": "1"}\n')
+    spec = EvaluationSpec.model_validate(
+        {"benchmarks": [{"name": "xsum", "path": str(broken)}, "demo_news"], "limit": 2, "max_new_tokens": 4}
+    )
+    scores = evaluate(str(tiny_model), spec=spec, settings=settings)
+    assert [(score.benchmark, score.metric, score.items) for score in scores[:3]] == [
+        ("xsum", "rouge_l", 0),
+        ("xsum", "support", 0),
+        ("demo_news", "rouge_l", 2),
+    ]
+    assert scores[0].value is None
+    assert "no column 'summary'" in str(scores[0].missing)
+
+
+def test_an_unforeseen_failure_keeps_its_traceback(
+    tiny_model: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object, **__: object) -> list[str]:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(summarisation, "_generate", fail)
+    with caplog.at_level(logging.WARNING), pytest.raises(EvaluationError, match="demo_news: RuntimeError: out of mem"):
+        evaluate(str(tiny_model), spec=_spec("demo_news"), settings=settings)
+    assert "Traceback" in caplog.text
+
+
+def test_when_every_benchmark_fails_the_evaluation_fails(tiny_model: Path, settings: Settings, tmp_path: Path) -> None:
+    absent = [{"name": name, "path": str(tmp_path / "absent.jsonl")} for name in ("xsum", "arc_easy")]
+    with pytest.raises(EvaluationError, match=r"xsum: there is no file .*; arc_easy: there is no file"):
+        evaluate(str(tiny_model), spec=EvaluationSpec.model_validate({"benchmarks": absent}), settings=settings)
+
+
+@pytest.mark.parametrize("error", [CancelledError("stopped"), OSError("the disk is full")])
+def test_errors_of_the_caller_are_the_callers(error: Exception, tiny_model: Path, settings: Settings) -> None:
+    def keep(_: Sequence[Generation]) -> None:
+        raise error
+
+    with pytest.raises(type(error), match=str(error)):
+        evaluate(str(tiny_model), spec=_spec("demo_news"), settings=settings, on_generations=keep)
+
+
+def test_known_items_are_not_generated_again(tiny_model: Path, settings: Settings) -> None:
+    first: list[Generation] = []
+    scores = evaluate(str(tiny_model), spec=_spec("demo_news", limit=4), settings=settings, on_generations=first.extend)
+    again: list[Generation] = []
+    changed = first[1].model_copy(update={"source": "Another article."})
+    repeated = evaluate(
+        str(tiny_model),
+        spec=_spec("demo_news", limit=4),
+        settings=settings,
+        known=[first[0], changed, first[3]],
+        on_generations=again.extend,
+    )
+    assert {generation.item_id for generation in again} == {first[1].item_id, first[2].item_id}
+    assert repeated == scores
+
+
+def test_a_directory_gets_generations_and_scores(tiny_model: Path, settings: Settings, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    scores = evaluate_to_directory(str(tiny_model), _spec("demo_news", limit=3), out, settings)
+    lines = (out / "generations.jsonl").read_text(encoding="utf-8").splitlines()
+    generations = [Generation.model_validate_json(line) for line in lines]
+    assert [generation.item_id for generation in generations] == ["demo-news-01", "demo-news-02", "demo-news-03"]
+    assert [Score.model_validate(score) for score in json.loads((out / "scores.json").read_text())] == scores
+    assert {file.name for file in out.iterdir()} == {"generations.jsonl", "scores.json", "evaluated.json"}
+
+
+@pytest.mark.slow
+def test_an_interrupted_evaluation_is_carried_on(
+    tiny_model: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after some batches, with its last line cut short; then only the rest is generated."""
+    out = tmp_path / "out"
+    program = """
+        import sys
+        from pathlib import Path
+        from services.contract.settings import Settings
+        from services.contract.spec import EvaluationSpec
+        from services.evaluation.directory import evaluate_to_directory
+        spec = EvaluationSpec.model_validate_json(sys.argv[2])
+        evaluate_to_directory(sys.argv[1], spec, Path(sys.argv[3]), Settings())
+    """
+    spec = EvaluationSpec.model_validate({"benchmarks": ["demo_news"], "max_new_tokens": 20, "batch_size": 1})
+    argv = [sys.executable, "-c", textwrap.dedent(program), str(tiny_model), spec.model_dump_json(), str(out)]
+    environment = {**os.environ, "SMOOTHKD_DATA_DIR": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}
+    process = subprocess.Popen(argv, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    file = out / "generations.jsonl"
+    deadline = time.monotonic() + 120
+    while not (file.exists() and file.read_bytes().count(b"\n") >= 2):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = file.read_bytes()
+    assert before.count(b"\n") < 24, "the evaluation was over before it could be killed"
+    file.write_bytes(before[:-1])
+    kept = before[:-1].count(b"\n")
+
+    generated: list[list[int]] = []
+    plain = summarisation._generate
+    monkeypatch.setattr(
+        summarisation, "_generate", lambda prompts, **rest: generated.extend(prompts) or plain(prompts, **rest)
+    )
+    scores = evaluate_to_directory(str(tiny_model), spec, out, settings)
+    assert len(generated) == 24 - kept
+    assert scores[0].items == 24
+    assert len(set(file.read_text(encoding="utf-8").splitlines())) == 24
+    assert scores == evaluate(str(tiny_model), spec=spec, settings=settings)
+
+
+def test_a_directory_of_another_model_is_refused(tiny_model: Path, settings: Settings, tmp_path: Path) -> None:
+    from services.models.tiny import make_tiny_model
+
+    out = tmp_path / "out"
+    model = make_tiny_model(tmp_path / "model", seed=1)
+    evaluate_to_directory(str(model), _spec("demo_news", limit=1), out, settings)
+    with pytest.raises(ConflictError, match="holds an evaluation of"):
+        evaluate_to_directory(str(tiny_model), _spec("demo_news", limit=1), out, settings)
+    longer = _spec("demo_news", limit=1).model_copy(update={"max_new_tokens": 7})
+    with pytest.raises(ConflictError, match="with up to 6 tokens"):
+        evaluate_to_directory(str(model), longer, out, settings)
+    make_tiny_model(model, seed=2)
+    with pytest.raises(ConflictError, match="or of other weights there"):
+        evaluate_to_directory(str(model), _spec("demo_news", limit=1), out, settings)
+
+
+def test_no_benchmark_is_an_error(tiny_model: Path, settings: Settings, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match="no benchmark was named"):
+        evaluate_to_directory(str(tiny_model), EvaluationSpec(), tmp_path / "out", settings)
+    assert not (tmp_path / "out").exists()
+
+
+def _spec(*names: str, limit: int | None = None) -> EvaluationSpec:
+    return EvaluationSpec.model_validate(
+        {"benchmarks": list(names), "limit": limit, "max_new_tokens": 6, "batch_size": 2}
+    )
