@@ -162,7 +162,7 @@ def check(text: str) -> None:
     try:
         plan = client().check_yaml(text)
     except SmoothKDError as error:
-        st.html(problem_html(error, title="The specification does not hold together"))
+        st.html(problem_html(error, title="The check found a problem"))
     else:
         st.html(plan_html(plan))
 
