@@ -7,11 +7,11 @@ from rich.console import Console
 from rich.progress import TaskID
 
 from services.cli import sweep_views
-from services.cli.shipped import shipped_sweep
 from services.cli.supervisor import Supervisor
 from services.cli.up import dashboard_url, running_platform, serve_until_stopped
 from services.contract.api_client import ApiClient
 from services.contract.settings import Settings
+from services.contract.shipped import shipped_sweep
 from services.contract.spec import load_sweep
 from services.contract.states import State
 
