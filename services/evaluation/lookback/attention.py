@@ -62,8 +62,8 @@ class LookbackRecorder:
     def add(self, layer: int, masses_BHQ2: Tensor) -> None:
         self._masses.setdefault(layer, []).append(masses_BHQ2)
 
-    def masses_BTLH2(self) -> Tensor:
-        """Attention on context and on new tokens of every measured query, in layer order, on the CPU."""
+    def collect(self) -> Tensor:
+        """Attention masses (B, T, L, H, 2) of every measured query, in layer order, on the CPU."""
         layers = [torch.cat(self._masses[layer], dim=2) for layer in sorted(self._masses)]
         if len({layer_BHT2.shape[1] for layer_BHT2 in layers}) != 1:
             raise UnsupportedError(

@@ -54,7 +54,7 @@ def load_lens_model(name: str, *, settings: Settings, revision: str | None = Non
     """The model by directory or name, in float32 on a CPU and in its own precision on a GPU."""
     directory = resolve_model(name, revision=revision, settings=settings)
     on_gpu = torch.cuda.is_available()
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto" if on_gpu else torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype="auto" if on_gpu else torch.float32)
     model = model.to("cuda" if on_gpu else "cpu").eval()
     tokenizer = AutoTokenizer.from_pretrained(directory)
     return LensModel(name=name, model=model, tokenizer=tokenizer, fingerprint=fingerprint_model(model))

@@ -9,6 +9,7 @@ length x length, shared by all layers and heads.
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ def measure_answers(
                 input_ids=_row(model, prefix),
                 past_key_values=cache,
                 use_cache=True,
-                position_ids=_places(model, prefix),
+                position_ids=torch.arange(len(prefix), device=model.device)[None],
             )
     for start in range(0, len(answers), batch_size):
         ratios.extend(_continue(model, prompt, answers[start : start + batch_size], copy.deepcopy(cache)))
@@ -74,7 +75,7 @@ def _continue(
     places = torch.arange(before, before + longest, device=model.device)[None].expand(len(answers), -1)
     with recording(model, recorder):
         model.base_model(input_ids=ids, past_key_values=cache, use_cache=True, position_ids=places)
-    masses_BTLH2 = recorder.masses_BTLH2()
+    masses_BTLH2 = recorder.collect()
     return [_ratios(prompt, masses_BTLH2[index, : len(answer)], len(answer)) for index, answer in enumerate(answers)]
 
 
@@ -90,7 +91,7 @@ def measure_padded(model: PreTrainedModel, pairs: Sequence[tuple[Prompt, list[in
     recorder = _recorder(model, prompts, length=longest, pads=pads, tail=max(len(answer) for _, answer in pairs))
     with recording(model, recorder):
         model.base_model(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False)
-    masses_BTLH2 = recorder.masses_BTLH2()
+    masses_BTLH2 = recorder.collect()
     return [
         _ratios(prompt, masses_BTLH2[index, -len(answer) :], len(answer))
         for index, (prompt, answer) in enumerate(pairs)
@@ -111,7 +112,7 @@ def measure_packed(model: PreTrainedModel, pairs: Sequence[tuple[Prompt, list[in
     recorder = LookbackRecorder(torch.tensor([is_context], device=model.device), tail=len(ids))
     with recording(model, recorder):
         model.base_model(input_ids=_row(model, ids), position_ids=places, use_cache=False)
-    masses_SLH2 = recorder.masses_BTLH2()[0]
+    masses_SLH2 = recorder.collect()[0]
     ratios, end = [], 0
     for (prompt, answer), row in zip(pairs, rows, strict=True):
         end += len(row)
@@ -129,7 +130,8 @@ def generate_measured(
     mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads], device=model.device)
     recorder = _recorder(model, prompts, length=longest + max_new_tokens, pads=pads, tail=1)
     with recording(model, recorder):
-        output = model.generate(
+        generate: Any = model.generate
+        output = generate(
             ids,
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
@@ -143,7 +145,7 @@ def generate_measured(
             use_cache=True,
             cache_implementation="dynamic",
         )
-    masses_BTLH2 = recorder.masses_BTLH2()
+    masses_BTLH2 = recorder.collect()
     answers = []
     for index, prompt in enumerate(prompts):
         answer = output[index, longest:].tolist()
@@ -170,7 +172,3 @@ def _recorder(
 
 def _row(model: PreTrainedModel, ids: list[int]) -> Tensor:
     return torch.tensor([ids], device=model.device)
-
-
-def _places(model: PreTrainedModel, ids: list[int]) -> Tensor:
-    return torch.arange(len(ids), device=model.device)[None]

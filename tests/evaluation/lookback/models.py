@@ -1,4 +1,4 @@
-"""Tiny random decoders of four architectures, and lookback ratios from the full matrices that eager attention returns."""
+"""Tiny random decoders of four architectures, and lookback ratios from the matrices that eager attention returns."""
 
 import torch
 from transformers import (
