@@ -9,6 +9,7 @@ import pytest
 from services.contract.errors import StaleAttemptError
 from services.contract.records import Artifact, Generation, MetricPoint, Problem, Score
 from services.contract.states import State
+from services.store import attempts
 from services.store.store import Attempt, Store
 from tests.store.examples import begin, example_sweep, finish, stage_ids
 
@@ -306,6 +307,18 @@ def test_a_writer_is_stale_the_moment_another_begins(store: Store) -> None:
     for number, last in accepted.items():
         assert [point.step for point in points if point.name == f"of-{number}"] == list(range(last + 1))
         assert last < 999
+
+
+def test_a_write_under_way_holds_off_the_next_attempt(store: Store) -> None:
+    train, _ = stage_ids(store, store.create_sweep(example_sweep()))
+    attempt = begin(store, train, lease_seconds=EXPIRED)
+    with ThreadPoolExecutor(1) as pool:
+        with store._database.writing() as connection:
+            attempts.check_current(connection, attempt)
+            reclaiming = pool.submit(store.reclaim_expired, max_attempts=3)
+            with pytest.raises(TimeoutError):
+                reclaiming.result(timeout=0.3)
+        assert [stage.id for stage in reclaiming.result(timeout=60)] == [train]
 
 
 def test_the_change_counter_grows_with_what_a_viewer_sees(store: Store) -> None:
