@@ -69,17 +69,19 @@ def train(
                 callbacks=[watcher],
             )
             trainer.remove_callback(PrinterCallback)
-            directory.claim(spec)
+            if trainer.is_world_process_zero():
+                directory.claim(spec)
             _run(trainer, directory, spec)
         if watcher.stopped:
             raise CancelledError(
                 f"stopped at step {trainer.state.global_step} of {steps}",
                 fix="Start the same run again to go on from its last checkpoint.",
             )
-        dtype = parts.objective.matmul_dtype
-        directory.publish(
-            lambda path: save_student(parts.model, parts.tokenizer, path, dtype=dtype), before_rename=before_rename
-        )
+        if trainer.is_world_process_zero():
+            dtype = parts.objective.matmul_dtype
+            directory.publish(
+                lambda path: save_student(parts.model, parts.tokenizer, path, dtype=dtype), before_rename=before_rename
+            )
     return directory.model
 
 
@@ -130,7 +132,8 @@ def _what_is_learnt(
 
 
 def _run(trainer: DistillationTrainer, directory: RunDirectory, spec: RunSpec) -> None:
-    checkpoint = directory.newest_checkpoint()
+    with trainer.args.main_process_first(desc="looking for checkpoints"):
+        checkpoint = directory.newest_checkpoint()
     if checkpoint:
         log.info("going on from %s", checkpoint)
     try:
