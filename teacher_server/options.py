@@ -1,17 +1,19 @@
 """What ``smoothkd teacher`` is told to serve."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, cast, get_args
 
 from services.contract.errors import InvalidInputError
+from teacher_server.vllm_options import VllmOptions
 
-EngineName = Literal["auto", "transformers", "mock"]
+EngineName = Literal["auto", "transformers", "vllm", "mock"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherOptions:
-    """``model``: a directory or hub id; for the mock engine also a vocabulary size in digits.
+    """``model``: a directory or hub id; for the mock engine also a vocabulary size in digits. ``engine`` auto is vLLM
+    where it is installed beside a GPU, else transformers; ``vllm`` only counts for that engine.
 
     ``dtype`` auto computes in float32 on a CPU and in the checkpoint's own type on a GPU. ``label_dtype`` is the
     type in which hidden states travel: auto is the computing type when that has 16 bits, else bfloat16; float32 is
@@ -30,6 +32,7 @@ class TeacherOptions:
     host: str | None = None
     port: int | None = None
     mock_seconds: float = 0.0
+    vllm: VllmOptions = field(default_factory=VllmOptions)
 
     def __post_init__(self) -> None:
         _require(self.engine, get_args(EngineName), name="engine")

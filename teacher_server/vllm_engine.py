@@ -200,8 +200,8 @@ class VllmEngine:
         last = None
         try:
             async with aclosing(outputs):
-                async for last in outputs:
-                    pass
+                async for output in outputs:
+                    last = output
         except EngineDeadError:
             logger.critical("vLLM's engine has died; ending so that the supervisor starts this teacher again")
             os.kill(os.getpid(), signal.SIGTERM)

@@ -24,7 +24,8 @@ PARTS = "The platform's parts, one process each"
 FILES = "One model, without queue, store or API"
 
 TeacherModel = Annotated[str, typer.Option("--model", help="Directory or hub id of the teacher.")]
-Engine = Annotated[str, typer.Option(help="What computes: auto, transformers, mock.")]
+Engine = Annotated[str, typer.Option(help="What computes: auto, transformers, vllm, mock.")]
+VLLM = typer.Option(help="As vLLM names it.", rich_help_panel="vLLM")
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
@@ -93,15 +94,37 @@ def teacher(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
     max_length: Annotated[int | None, typer.Option(min=2, help="Longest sequence in tokens.")] = None,
+    label_dtype: Annotated[str, typer.Option(help="Type of hidden states on the wire; auto has 16 bits.")] = "auto",
+    tensor_parallel_size: Annotated[int, VLLM] = 1,
+    pipeline_parallel_size: Annotated[int, VLLM] = 1,
+    quantization: Annotated[str | None, VLLM] = None,
+    gpu_memory_utilization: Annotated[float, VLLM] = 0.8,
+    generation: Annotated[
+        bool, typer.Option("--generation", help="With vLLM: also decode, for sequence level, in a second engine.")
+    ] = False,
 ) -> None:
     """Serve a teacher's soft labels over gRPC."""
     from services.contract.settings import Settings
     from teacher_server.server import TeacherOptions, serve
+    from teacher_server.vllm_options import VllmOptions
 
     serve(
         Settings(),
         TeacherOptions(
-            model=model, revision=revision, engine=engine, dtype=dtype, device=device, max_length=max_length
+            model=model,
+            revision=revision,
+            engine=engine,
+            dtype=dtype,
+            device=device,
+            max_length=max_length,
+            label_dtype=label_dtype,
+            vllm=VllmOptions(
+                tensor_parallel_size=tensor_parallel_size,
+                pipeline_parallel_size=pipeline_parallel_size,
+                quantization=quantization,
+                gpu_memory_utilization=gpu_memory_utilization,
+                generation=generation,
+            ),
         ),
     )
 
