@@ -163,5 +163,5 @@ class StoreMachine(RuleBasedStateMachine):
                     self._ended(later, State.SKIPPED)
 
 
-StoreMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+StoreMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
 test_the_store_agrees_with_the_model = StoreMachine.TestCase
