@@ -73,10 +73,10 @@ def test_recommended_sampling_is_ignored(tiny_model: Path, tmp_path: Path) -> No
         [_item("a", "ferry")],
         loaded=load_model(str(sampling)),
         instruction=INSTRUCTION,
-        max_new_tokens=16,
+        max_new_tokens=60,
         batch_size=1,
     )
-    assert batch[0][1] == _plain_greedy(tiny_model, "ferry", tokens=16)
+    assert batch[0][1] == _plain_greedy(tiny_model, "ferry", tokens=60)
 
 
 def test_articles_over_the_window_are_cut_and_counted(

@@ -20,6 +20,9 @@ from services.models.resolve import resolve_model
 
 REPOSITORY = Path(__file__).parents[2]
 WEIGHTS_SHA256 = "a672150fb4f99d7c8f4168cecdd464069c0ef3a37d8113f22ddb9d48031d03cd"
+# Without the step that splits digits off first, the spaces before them fall apart differently.
+SPACED_DIGITS = "a  3\n 4"
+SPACED_TOKENS = ["a", "ĠĠ", "3", "ĊĠ", "4"]
 RESOLVE = (
     "from services.contract.settings import Settings; from services.models.resolve import resolve_model;"
     "print(resolve_model('HuggingFaceTB/SmolLM2-135M-Instruct', settings=Settings()))"
@@ -44,13 +47,16 @@ def test_two_processes_convert_once_and_a_killed_one_leaves_no_trace(tmp_path: P
         "smollm2-135m-instruct",
         ".smollm2-135m-instruct.lock",
     }
-    manifest = json.loads((Path(directories.pop()) / "manifest.json").read_text())
+    (directory,) = directories
+    manifest = json.loads((Path(directory) / "manifest.json").read_text())
     assert manifest["files"]["model.safetensors"] == WEIGHTS_SHA256
+    assert AutoTokenizer.from_pretrained(directory).tokenize(SPACED_DIGITS) == SPACED_TOKENS
 
 
 def test_its_tokenizer_splits_digits_round_trips_and_has_the_chat_template(smollm2: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     assert tokenizer.tokenize("In 1984, 12,500") == ["In", "Ġ", *"1984,", "Ġ", *"12,500"]
+    assert tokenizer.tokenize(SPACED_DIGITS) == SPACED_TOKENS
     text = "Ünïcode “quotes”, 3.5 % of 12,500 — 東京 🙂\n\n\tdef f(x):  return x"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, len(tokenizer)) == (1, 2, 49152)
