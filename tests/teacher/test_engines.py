@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from services.contract.errors import InvalidInputError, ModelNotFoundError, TeacherUnavailableError
-from services.contract.sequences import LabelOptions, TokenSequence
+from services.contract.sequences import Continuation, DecodeOptions, LabelOptions, Prompt, TokenSequence
 from services.contract.soft_labels import ScoredSequence
 from teacher_server.batching import BatchingEngine
 from teacher_server.mock_engine import MockModel
@@ -154,7 +154,7 @@ class Recorder(MockModel):
         return super().score(work)
 
 
-async def collect(stream: AsyncGenerator[ScoredSequence, None]) -> list[str]:
+async def collect(stream: AsyncGenerator[ScoredSequence | Continuation, None]) -> list[str]:
     async with aclosing(stream):
         return [scored.id async for scored in stream]
 
@@ -236,6 +236,38 @@ def test_what_is_cancelled_before_its_turn_is_not_computed() -> None:
     asyncio.run(run())
     engine.close()
     assert [len(batch) for batch in model.batches] == [1, 1]
+
+
+def test_a_cancelled_decode_ends_at_its_next_step(
+    model_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = []
+    reached, cancelled = threading.Event(), threading.Event()
+
+    def count(engine: BatchingEngine) -> None:
+        steps.append(1)
+        if len(steps) == 3:
+            reached.set()
+            assert cancelled.wait(30)
+
+    monkeypatch.setattr(BatchingEngine, "_score_one_batch", count)
+    engine = BatchingEngine(TransformersModel(model_of("llama-untied")))
+
+    async def run() -> None:
+        prompts = [Prompt(id=str(index), token_ids=[5 + index]) for index in range(4)]
+        # No token can stop these before 250.
+        options = DecodeOptions(max_new_tokens=250, stop_token_ids=(engine.describe().vocab_size,))
+        decode = asyncio.ensure_future(collect(engine.generate(prompts, options)))
+        await asyncio.to_thread(reached.wait, 30)
+        decode.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await decode
+        cancelled.set()
+        assert await collect(engine.score([sequence([1, 2])], LabelOptions())) == ["x"]
+
+    asyncio.run(run())
+    engine.close()
+    assert len(steps) == 3
 
 
 def test_a_batch_that_fails_is_told_and_the_engine_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
