@@ -82,6 +82,7 @@ def api() -> None:
     from services.api.app import serve
     from services.contract.settings import Settings
 
+    _log_to_stderr()
     serve(Settings())
 
 
@@ -135,6 +136,7 @@ def worker() -> None:
     from services.contract.settings import Settings
     from student_trainer.worker import run_worker
 
+    _log_to_stderr()
     run_worker(Settings())
 
 
@@ -214,6 +216,13 @@ def stage(stage_id: str, *, attempt: Annotated[int, typer.Option(min=1)]) -> Non
     from services.contract.settings import Settings
 
     run_stage(stage_id, attempt_number=attempt, settings=Settings())
+
+
+def _log_to_stderr() -> None:
+    import logging
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
 
 
 def _report(error: SmoothKDError) -> None:
