@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -10,6 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from services.contract.sequences import TokenSequence
 from services.contract.settings import Settings
 from teacher_server.server import TeacherOptions, run_server
 
@@ -61,7 +66,11 @@ def running_teacher(options: TeacherOptions) -> Iterator[str]:
 def teacher_process(options: dict[str, object], *, log: Path | None = None) -> Iterator[subprocess.Popen[str]]:
     """``serve`` in a process of its own; killed in the end whatever happens."""
     code = (
-        "from services.contract.settings import Settings\n"
+        "import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from services.contract.sequences import TokenSequence
+from services.contract.settings import Settings\n"
         "from teacher_server.server import TeacherOptions, serve\n"
         f"serve(Settings(), TeacherOptions(**{options!r}))\n"
     )
@@ -86,3 +95,27 @@ def wait_until(condition, *, seconds: float = 30.0) -> None:
     while not condition():
         assert time.monotonic() < ends, "waited in vain"
         time.sleep(0.01)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def long_sequences(count: int) -> list[TokenSequence]:
+    return [
+        TokenSequence(
+            id=f"s{index}", token_ids=[(index * 31 + place) % 290 for place in range(20)], label_positions=[5, 19]
+        )
+        for index in range(count)
+    ]
+
+
+def health_of(address: str) -> str:
+    with grpc.insecure_channel(address) as channel:
+        try:
+            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
+        except grpc.RpcError as error:
+            return error.code().name
+    return health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)

@@ -1,7 +1,6 @@
-"""How a server lives: starting, sharing, being cancelled, killed, restarted and stopped."""
+"""How a server lives: shared, cancelled, past its deadlines, killed and restarted."""
 
 import contextlib
-import os
 import signal
 import socket
 import threading
@@ -13,48 +12,18 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-import torch
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
-from transformers import AutoModelForCausalLM
 
 from services.contract.errors import (
     CancelledError,
     HandshakeError,
-    InvalidInputError,
-    PortInUseError,
-    TeacherError,
     TeacherUnavailableError,
 )
 from services.contract.sequences import DecodeOptions, Prompt, TokenSequence
 from student_trainer.alignment import verify_token_logprobs
 from student_trainer.teacher_client import TeacherClient
 from teacher_server.server import TeacherOptions
-from tests.teacher.serving import running_teacher, teacher_process, wait_until
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def long_sequences(count: int) -> list[TokenSequence]:
-    return [
-        TokenSequence(
-            id=f"s{index}", token_ids=[(index * 31 + place) % 290 for place in range(20)], label_positions=[5, 19]
-        )
-        for index in range(count)
-    ]
-
-
-def health_of(address: str) -> str:
-    with grpc.insecure_channel(address) as channel:
-        try:
-            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
-        except grpc.RpcError as error:
-            return error.code().name
-    return health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
+from tests.teacher.serving import free_port, health_of, long_sequences, running_teacher, teacher_process
 
 
 def test_health_and_reflection_are_served(mock_address: str) -> None:
@@ -246,102 +215,3 @@ def test_garbage_on_the_port_leaves_the_server_alive(mock_address: str, mock_tea
         with pytest.raises(grpc.RpcError):
             raw(b"\xff\xff\xff\xff garbage", timeout=10)
     assert len(list(mock_teacher.score(long_sequences(2)))) == 2
-
-
-def test_a_taken_port_is_refused(mock_address: str) -> None:
-    port = int(mock_address.split(":")[1])
-    options = TeacherOptions(model="300", engine="mock", port=port)
-    with pytest.raises(PortInUseError, match=f"listens on 127.0.0.1:{port}"), running_teacher(options):
-        pass
-
-
-def test_an_address_of_another_machine_is_refused() -> None:
-    options = TeacherOptions(model="300", engine="mock", host="192.0.2.1", port=0)
-    with pytest.raises(InvalidInputError, match="cannot listen on 192"), running_teacher(options):
-        pass
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_the_server_after_the_request_under_way(number: signal.Signals) -> None:
-    port = free_port()
-    options = {"model": "300", "engine": "mock", "port": port, "mock_seconds": 0.02}
-    with teacher_process(options) as process, TeacherClient(f"127.0.0.1:{port}", patience_seconds=60) as client:
-        client.describe()
-        stream = client.score(long_sequences(40))
-        next(stream)
-        os.kill(process.pid, number)
-        assert len(list(stream)) == 39
-        assert process.wait(15) == 0
-    assert health_of(f"127.0.0.1:{port}") == "UNAVAILABLE"
-
-
-def test_while_the_model_loads_the_server_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    from teacher_server import server
-
-    release = threading.Event()
-    load = server.load_engine
-    monkeypatch.setattr(server, "load_engine", lambda *inputs: (release.wait(60), load(*inputs))[1])
-    port = free_port()
-    address = f"127.0.0.1:{port}"
-    seen = []
-
-    def look() -> None:
-        wait_until(lambda: health_of(address) == "NOT_SERVING")
-        with TeacherClient(address, patience_seconds=0) as client:
-            try:
-                client.describe()
-            except TeacherUnavailableError as error:
-                seen.append(error.what)
-            finally:
-                release.set()
-
-    watcher = threading.Thread(target=look)
-    watcher.start()
-    with running_teacher(TeacherOptions(model="300", engine="mock", port=port)):
-        assert health_of(address) == "SERVING"
-    watcher.join()
-    assert seen == ["the teacher is still loading its model"]
-
-
-def test_a_teacher_whose_labels_are_not_its_own_refuses_to_serve(
-    model_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from teacher_server import torch_head
-
-    options = TeacherOptions(model=str(model_of("granite-scaled")), engine="transformers", port=0)
-    monkeypatch.setattr(torch_head, "_logit_scale", lambda config: 1.0)
-    with pytest.raises(TeacherError, match="would not be its own distribution"), running_teacher(options):
-        pass
-
-
-def test_broken_weights_refuse_to_serve(model_of: Callable[[str], Path], tmp_path: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(model_of("llama-untied"))
-    with torch.no_grad():
-        model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
-    import shutil
-
-    directory = tmp_path / "broken"
-    shutil.copytree(model_of("llama-untied"), directory)
-    model.save_pretrained(directory)
-    options = TeacherOptions(model=str(directory), engine="transformers", port=0)
-    with pytest.raises(TeacherError, match="not finite"), running_teacher(options):
-        pass
-
-
-@pytest.mark.parametrize(
-    ("field", "value"), [("engine", "vlm"), ("dtype", "int4"), ("label_dtype", "fp8"), ("max_length", 1)]
-)
-def test_unknown_options_are_refused(field: str, value: object) -> None:
-    with pytest.raises(InvalidInputError, match=str(value)):
-        TeacherOptions(model="300", **{field: value})
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "words"), [("device", "tpu:7", "tpu"), ("max_length", 257, "256 positions")]
-)
-def test_options_that_the_model_cannot_meet_are_refused(
-    field: str, value: object, words: str, model_of: Callable[[str], Path]
-) -> None:
-    options = TeacherOptions(model=str(model_of("llama-untied")), engine="transformers", port=0, **{field: value})
-    with pytest.raises(InvalidInputError, match=words), running_teacher(options):
-        pass
