@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from services.cli import sweep_commands
+from services.cli import lens_commands, sweep_commands
 from services.contract.errors import SmoothKDError
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(sweep_commands.app, name="sweep")
+app.add_typer(lens_commands.app, name="lens")
 
 ONE_MACHINE = "One machine"
 PARTS = "The platform's parts, one process each"
@@ -207,6 +208,24 @@ def evaluate(
         batch_size=batch_size,
         settings=Settings(),
     )
+
+
+@app.command(rich_help_panel=FILES)
+def detect(
+    *,
+    detector: Annotated[str, typer.Option(help="lexical or lookback.")],
+    source: Annotated[Path, typer.Option("--input", help="JSONL with document and summary.")],
+    target: Annotated[Path, typer.Option("--output", help="The same lines with score and spans.")],
+    model: Annotated[str, typer.Option(help="For lookback: the model whose attention is read.")] = DEMO_MODEL,
+    lens: Annotated[str, typer.Option(help="For lookback: a lens file or a shipped lens.")] = "smollm2-135m-instruct",
+) -> None:
+    """Mark what summaries say beyond their documents; a higher score is worse."""
+    from services.contract.settings import Settings
+    from services.evaluation.detection import DetectorOptions, detect_file
+
+    options = DetectorOptions(model=model, lens=lens, settings=Settings())
+    without = detect_file(detector, source=source, target=target, options=options)
+    typer.echo(f"{target}" + (f" ({without} summaries have no score; see their field missing)" if without else ""))
 
 
 @app.command(hidden=True)
