@@ -21,8 +21,8 @@ STOP_WORDS = frozenset(
     including indeed inside instead into is isn't it it'd it'll it's its itself just keep kept later least less let
     let's like likely made mainly make makes making many may maybe me meanwhile might mine more moreover most mostly
     much must my myself near nearly neither never nevertheless no nobody none nor not nothing now of off often old on
-    once one ones only onto or other others otherwise our ours ourselves out outside over own per perhaps put quite rather
-    really said same saw say saying says see seen several shall she she'd she'll she's should shouldn't since so some
+    once one ones only onto or other others otherwise our ours ourselves out outside over own per perhaps put quite
+    rather really said same saw say saying says see seen several shall she she'd she'll she's should shouldn't since so some
     someone something sometimes soon still such take taken takes taking than that that's the their theirs them
     themselves then there there's therefore these they they'd they'll they're they've thing things this those though
     through throughout thus till to together told too took toward towards under unless until up upon us use used using
