@@ -66,11 +66,7 @@ def running_teacher(options: TeacherOptions) -> Iterator[str]:
 def teacher_process(options: dict[str, object], *, log: Path | None = None) -> Iterator[subprocess.Popen[str]]:
     """``serve`` in a process of its own; killed in the end whatever happens."""
     code = (
-        "import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-
-from services.contract.sequences import TokenSequence
-from services.contract.settings import Settings\n"
+        "from services.contract.settings import Settings\n"
         "from teacher_server.server import TeacherOptions, serve\n"
         f"serve(Settings(), TeacherOptions(**{options!r}))\n"
     )
