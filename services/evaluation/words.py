@@ -12,23 +12,24 @@ def _words(text: str) -> list[str]:
 
 STOP_WORDS = frozenset(
     _words("""
-    a about above across after again against ago all almost along already also although always am among an and another
-    any anyone anything are aren't around as at away back be became because become becomes been before behind being
-    below beside besides between beyond both but by came can can't cannot come could couldn't despite did didn't do does
-    doesn't doing don't done down during each either else enough especially etc even ever every everyone everything
-    except few for from further gave get gets getting give given go goes going gone got had hadn't has hasn't have
-    haven't having he he'd he'll he's hence her here hers herself him himself his how however i i'd i'll i'm i've if in
-    including indeed inside instead into is isn't it it'd it'll it's its itself just keep kept later least less let
-    let's like likely made mainly make makes making many may maybe me meanwhile might mine more moreover most mostly
-    much must my myself near nearly neither never nevertheless no nobody none nor not nothing now of off often old on
-    once one ones only onto or other others otherwise our ours ourselves out outside over own per perhaps put quite
-    rather really said same saw say saying says see seen several shall she she'd she'll she's should shouldn't since so some
-    someone something sometimes soon still such take taken takes taking than that that's the their theirs them
-    themselves then there there's therefore these they they'd they'll they're they've thing things this those though
-    through throughout thus till to together told too took toward towards under unless until up upon us use used using
-    various very via was wasn't way we we'd we'll we're we've well went were weren't what what's whatever when where
-    whereas whether which while who who's whoever whole whom whose why will with within without won't would wouldn't
-    yes yet you you'd you'll you're you've your yours yourself yourselves
+    a about above across after again against ago all almost along already also although always am among an and
+    another any anyone anything are aren't around as at away back be became because become becomes been before
+    behind being below beside besides between beyond both but by came can can't cannot come could couldn't despite
+    did didn't do does doesn't doing don't done down during each either else enough especially etc even ever every
+    everyone everything except few for from further gave get gets getting give given go goes going gone got had
+    hadn't has hasn't have haven't having he he'd he'll he's hence her here hers herself him himself his how however
+    i i'd i'll i'm i've if in including indeed inside instead into is isn't it it'd it'll it's its itself just keep
+    kept later least less let let's like likely made mainly make makes making many may maybe me meanwhile might mine
+    more moreover most mostly much must my myself near nearly neither never nevertheless no nobody none nor not
+    nothing now of off often old on once one ones only onto or other others otherwise our ours ourselves out outside
+    over own per perhaps put quite rather really said same saw say saying says see seen several shall she she'd
+    she'll she's should shouldn't since so some someone something sometimes soon still such take taken takes taking
+    than that that's the their theirs them themselves then there there's therefore these they they'd they'll they're
+    they've thing things this those though through throughout thus till to together told too took toward towards
+    under unless until up upon us use used using various very via was wasn't way we we'd we'll we're we've well went
+    were weren't what what's whatever when where whereas whether which while who who's whoever whole whom whose why
+    will with within without won't would wouldn't yes yet you you'd you'll you're you've your yours yourself
+    yourselves
     """)
 )
 
