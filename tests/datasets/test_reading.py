@@ -6,6 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
 
+import datasets
 import huggingface_hub.constants
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -217,3 +218,26 @@ def test_a_hub_that_does_not_answer_is_an_error(hub: type, monkeypatch: pytest.M
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(DatasetError, match="does not answer"):
         load_records(DatasetSpec(path="databricks/dolly"))
+
+
+def test_the_shipped_records_are_a_data_set() -> None:
+    records = load_records(DatasetSpec(path="demo_instructions"))
+    assert len(records) >= 160
+    assert len({record["category"] for record in records}) >= 7
+    assert len({(record["instruction"], record["context"]) for record in records}) == len(records)
+
+
+def test_a_cached_copy_is_read_when_the_hub_cannot_be_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_jsonl(tmp_path / "records.jsonl", RECORDS)
+    copy = tmp_path / "cache" / "owner___ports" / "default" / "0.0.0" / ("0" * 16)
+    builder = datasets.load_dataset_builder("json", data_files=str(path), cache_dir=str(tmp_path / "build"))
+    builder.download_and_prepare(str(copy), file_format="arrow")
+    (copy / "json-train.arrow").rename(copy / "ports-train.arrow")
+    info = json.loads((copy / "dataset_info.json").read_text())
+    (copy / "dataset_info.json").write_text(
+        json.dumps(info | {"builder_name": "json", "dataset_name": "ports", "config_name": "default"})
+    )
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    spec = DatasetSpec(path="owner/ports", limit=3)
+    check_dataset(spec, offline=True)
+    assert load_records(spec, offline=True) == RECORDS[:3]

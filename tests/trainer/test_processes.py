@@ -31,9 +31,7 @@ def environment(settings: Settings) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("alpha", [0.0, 0.5])
 def test_a_killed_process_goes_on_to_the_same_bits(
-    alpha: float,
     make_run: Callable[..., RunSpec],
     settings: Settings,
     mock_address: str,
@@ -42,7 +40,7 @@ def test_a_killed_process_goes_on_to_the_same_bits(
 ) -> None:
     """SIGKILL once its second checkpoint appears, wherever it is then: in a step, or in the middle of saving."""
     settings = settings.model_copy(update={"teacher_address": mock_address})
-    spec = make_run(alpha=alpha, teacher={"model": str(student_model)}, training={"checkpoint_steps": 1, "epochs": 20})
+    spec = make_run(alpha=0.5, teacher={"model": str(student_model)}, training={"checkpoint_steps": 1, "epochs": 20})
     torch.set_num_threads(1)
     straight = load_file(train(spec, out=tmp_path / "straight", settings=settings) / "model.safetensors")
     run_file, out = tmp_path / "run.yaml", tmp_path / "killed"

@@ -54,6 +54,16 @@ def test_the_fused_loss_and_its_gradients_equal_the_model_own(
         torch.testing.assert_close(parameter.grad, wanted_gradients[key].grad, rtol=1e-3, atol=1e-4, msg=key)
 
 
+def test_the_model_makes_logits_of_one_position_only(student_model: Path, settings: Settings) -> None:
+    student = load_student(StudentSpec(model=str(student_model)), settings, vocab_size=300)
+    shapes: list[tuple[int, ...]] = []
+    head = student.get_output_embeddings()
+    head.register_forward_hook(lambda layer, arguments, output: shapes.append(tuple(output.shape[:2])))
+    hidden = final_hidden_states(student, head_layer=head, input_ids=torch.ones(3, 20, dtype=torch.int64))
+    assert hidden.shape[:2] == (3, 20)
+    assert shapes == [(3, 1)]
+
+
 def test_a_head_with_fewer_rows_than_the_tokenizer_has_ids_is_refused(tmp_path: Path, settings: Settings) -> None:
     directory = make_tiny_model(tmp_path / "model")
     with pytest.raises(UnsupportedError, match="output head only"):

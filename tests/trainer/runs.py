@@ -1,0 +1,56 @@
+"""What tests of whole runs measure them with."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from services.contract.spec import RunSpec
+from services.datasets.reading import load_records
+from student_trainer.data import collate, encode_examples
+
+MakeRun = Callable[..., RunSpec]
+
+
+def weights(model: Path) -> dict[str, torch.Tensor]:
+    return load_file(model / "model.safetensors")
+
+
+def assert_same_bits(left: Path, right: Path) -> None:
+    expected = weights(right)
+    for name, tensor in weights(left).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def assert_close_weights(left: Path, right: Path, *, start: Path, share: float) -> None:
+    """Apart by at most ``share`` of the way that training went."""
+    first, second, before = weights(left), weights(right), weights(start)
+    apart = math.sqrt(sum((first[name] - second[name]).square().sum().item() for name in before))
+    way = math.sqrt(sum((first[name] - before[name]).square().sum().item() for name in before))
+    assert apart <= share * way, f"{apart} of {way}"
+
+
+def mean_divergence(teacher_model: Path, student: Path, records_file: Path) -> float:
+    """Mean KL(teacher || student) over response tokens, from transformers' own logits in float64."""
+    from services.contract.spec import DatasetSpec
+
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    batch = collate(encode_examples(load_records(DatasetSpec(path=str(records_file))), tokenizer, max_length=256))
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    logprobs = []
+    for directory in (teacher_model, student):
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64)
+        with torch.no_grad():
+            logits = model(**inputs).logits.flatten(0, 1)[batch["predictor_N"], : len(tokenizer)]
+        logprobs.append(logits.log_softmax(dim=1))
+    p, q = logprobs
+    return (p.exp() * (p - q)).sum(dim=1).mean().item()
+
+
+def stop_after(asked: int) -> Callable[[], bool]:
+    """Says stop once it was asked so often; it is asked after every record."""
+    left = iter(range(asked))
+    return lambda: next(left, None) is None
