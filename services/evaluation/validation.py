@@ -1,0 +1,240 @@
+"""How well each hallucination detector agrees with people: ``python -m services.evaluation.validation``.
+
+AUROC against human labels on XSumFaith (words and summaries), DeFacto and BUMP, and the rank correlation with expert
+ratings on SummEval, each with a 95 % bootstrap interval over documents; written as a Markdown table. A trained
+detector is judged on documents that it was not trained on.
+"""
+
+import re
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import numpy.typing as npt
+import typer
+from rich.console import Console
+from scipy.stats import spearmanr
+from sklearn.metrics import roc_auc_score
+
+from services.evaluation.consistency.held_out import Judgement, read_held_out
+from services.evaluation.consistency.labelled import Example, read_labelled
+from services.evaluation.support import check_support
+from services.evaluation.words import STOP_WORDS
+
+RESAMPLES = 1000
+SEED = 0
+
+Detector = Callable[[Sequence[Example]], list[Judgement]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A value with its bootstrap interval, or None with a ``missing`` reason; ``skipped`` outputs had no score."""
+
+    value: float | None
+    low: float = float("nan")
+    high: float = float("nan")
+    skipped: int = 0
+    missing: str = ""
+
+
+def main(
+    data: Annotated[Path, typer.Option(help="Folder of the labelled sets.")],
+    held_out: Annotated[Path, typer.Option(help="Folder that the consistency training wrote.")],
+    out: Annotated[Path, typer.Option(help="Markdown file to write.")] = Path("docs/detectors.md"),
+) -> None:
+    """Validate the hallucination detectors against human labels."""
+    detectors: dict[str, Detector] = {
+        "novel words (baseline)": judge_novel_words,
+        "support": judge_support,
+        "consistency": lambda examples: judge_held_out(examples, folder=held_out),
+    }
+    command = "python -m services.evaluation.validation " + shlex.join(sys.argv[1:])
+    table = render_table(validate(read_labelled(data), detectors), command=command)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(table, encoding="utf-8")
+    Console(highlight=False, soft_wrap=True).print(table, markup=False)
+
+
+def validate(examples: Sequence[Example], detectors: dict[str, Detector]) -> dict[str, dict[str, Measured]]:
+    """Detector by detector, measure by measure (the keys of MEASURES), what each reaches."""
+    results = {}
+    for name, judge in detectors.items():
+        judgements = {judgement.key: judgement for judgement in judge(examples)}
+        results[name] = {
+            title: _measure(*rows(examples, judgements), statistic=statistic)
+            for title, (rows, statistic) in MEASURES.items()
+        }
+    return results
+
+
+def judge_novel_words(examples: Sequence[Example]) -> list[Judgement]:
+    """The baseline: the share of an output's words, stop words apart, that the document does not contain."""
+    judgements = []
+    vocabularies: dict[str, set[str]] = {}
+    for example in examples:
+        if example.document not in vocabularies:
+            vocabularies[example.document] = {word.lower() for word in _WORD.findall(example.document)}
+        known = vocabularies[example.document]
+        ranges = [
+            (match.start(), match.end(), float(match.group().lower() not in known))
+            for match in _WORD.finditer(example.output)
+        ]
+        content = [score for start, end, score in ranges if example.output[start:end].lower() not in STOP_WORDS]
+        score = float(np.mean(content)) if content else None
+        judgements.append(Judgement(key=example.key, score=score, ranges=ranges))
+    return judgements
+
+
+def judge_support(examples: Sequence[Example]) -> list[Judgement]:
+    judgements = []
+    for example in examples:
+        support = check_support(example.output, source=example.document)
+        score = None if support.share is None else 1 - support.share / 100
+        ranges = [(span.start, span.end, span.score) for span in support.spans]
+        judgements.append(Judgement(key=example.key, score=score, ranges=ranges))
+    return judgements
+
+
+def judge_held_out(examples: Sequence[Example], *, folder: Path) -> list[Judgement]:
+    """The consistency networks of the training's folds, each on the documents that it has not seen."""
+    judgements = read_held_out(folder)
+    return [judgements[example.key] for example in examples if example.key in judgements]
+
+
+def render_table(results: dict[str, dict[str, Measured]], *, command: str) -> str:
+    """Markdown: one row per detector, one column per measure."""
+    lines = [
+        "# How well the hallucination detectors agree with people",
+        "",
+        _EXPLANATION,
+        "",
+        "| detector | " + " | ".join(MEASURES) + " |",
+        "|---|" + "---|" * len(MEASURES),
+    ]
+    for name, measured in results.items():
+        lines.append(f"| {name} | " + " | ".join(_cell(measured[title]) for title in MEASURES) + " |")
+    return "\n".join([*lines, "", "Made by", "", f"    {command}", ""])
+
+
+def _cell(measured: Measured) -> str:
+    if measured.value is None:
+        return measured.missing
+    skipped = f", {measured.skipped} unscored" if measured.skipped else ""
+    return f"{measured.value:.3f} ({measured.low:.3f} to {measured.high:.3f}{skipped})"
+
+
+Rows = tuple[list[tuple[int, float, float]], int]
+"""(group, label, score) of what was scored, and how many outputs a detector gave no score."""
+
+
+def _word_rows(examples: Sequence[Example], judgements: dict[str, Judgement]) -> Rows:
+    """A labelled word has the highest score among the ranges that overlap it, 0 where none does."""
+    rows, skipped = [], 0
+    for example in examples:
+        if example.units is None or example.spans is None:
+            continue
+        judgement = judgements.get(example.key)
+        if judgement is None or judgement.score is None:
+            skipped += 1
+            continue
+        wrong = set(example.spans)
+        for start, end in example.units:
+            score = max((value for first, last, value in judgement.ranges if first < end and start < last), default=0.0)
+            rows.append((example.group, float((start, end) in wrong), score))
+    return rows, skipped
+
+
+def _output_rows(*origins: str) -> Callable[[Sequence[Example], dict[str, Judgement]], Rows]:
+    def rows(examples: Sequence[Example], judgements: dict[str, Judgement]) -> Rows:
+        found, skipped = [], 0
+        for example in examples:
+            if example.origin not in origins:
+                continue
+            judgement = judgements.get(example.key)
+            if judgement is None or judgement.score is None:
+                skipped += 1
+                continue
+            label = float(bool(example.unsupported)) if example.rating is None else -example.rating
+            found.append((example.group, label, judgement.score))
+        return found, skipped
+
+    return rows
+
+
+def _pair_rows(examples: Sequence[Example], judgements: dict[str, Judgement]) -> Rows:
+    """Each edited summary against the reference it was made from: 1 where it scores higher, 0.5 at a tie."""
+    references = {example.document: example.key for example in examples if example.origin == "bump-reference"}
+    rows, skipped = [], 0
+    for example in examples:
+        if example.origin != "bump":
+            continue
+        edited, reference = judgements.get(example.key), judgements.get(references[example.document])
+        if edited is None or reference is None or edited.score is None or reference.score is None:
+            skipped += 1
+            continue
+        won = 0.5 * ((edited.score > reference.score) + (edited.score >= reference.score))
+        rows.append((example.group, 1.0, won))
+    return rows, skipped
+
+
+Array = npt.NDArray[np.float64]
+
+
+def _auroc(labels: Array, scores: Array) -> float:
+    return float(roc_auc_score(labels, scores)) if len(set(labels)) == 2 else float("nan")
+
+
+def _rank_correlation(labels: Array, scores: Array) -> float:
+    return float(spearmanr(labels, scores).statistic) if len(set(scores)) > 1 and len(set(labels)) > 1 else float("nan")
+
+
+def _mean_score(labels: Array, scores: Array) -> float:
+    return float(scores.mean())
+
+
+MEASURES = {
+    "XSumFaith words": (_word_rows, _auroc),
+    "XSumFaith summaries": (_output_rows("xsumfaith"), _auroc),
+    "DeFacto": (_output_rows("defacto"), _auroc),
+    "BUMP": (_output_rows("bump", "bump-reference"), _auroc),
+    "BUMP pairs won": (_pair_rows, _mean_score),
+    "SummEval rank correlation": (_output_rows("summeval"), _rank_correlation),
+}
+
+
+def _measure(
+    rows: list[tuple[int, float, float]], skipped: int, *, statistic: Callable[[Array, Array], float]
+) -> Measured:
+    """The statistic over all rows, and its 2.5th and 97.5th percentile over resampled documents."""
+    if not rows:
+        return Measured(value=None, skipped=skipped, missing="no output was scored")
+    groups, labels, scores = (np.array(column) for column in zip(*rows, strict=True))
+    value = statistic(labels, scores)
+    if np.isnan(value):
+        return Measured(value=None, skipped=skipped, missing="labels or scores are all alike")
+    members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
+    generator = np.random.default_rng(SEED)
+    values = []
+    for _ in range(RESAMPLES):
+        drawn = np.concatenate([members[place] for place in generator.integers(len(members), size=len(members))])
+        values.append(statistic(labels[drawn], scores[drawn]))
+    low, high = np.nanpercentile(values, [2.5, 97.5])
+    return Measured(value=value, low=float(low), high=float(high), skipped=skipped)
+
+
+_WORD = re.compile(r"\w+")
+_EXPLANATION = """\
+AUROC against human labels, with 95 % bootstrap intervals over documents; 0.5 is chance, 1 is full agreement.
+"BUMP pairs won" is the share of edited summaries that score worse than the reference they were made from, and the last
+column is Spearman's correlation of the score with the experts' inconsistency. The consistency detector is trained, so
+each document is judged by a network that was fitted without it and without any document that shares its text; none is
+ever fitted to SummEval."""
+
+
+if __name__ == "__main__":
+    typer.run(main)
