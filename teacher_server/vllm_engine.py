@@ -40,6 +40,15 @@ UNDER_WAY_BYTES = 24 * 1024 * 1024
 
 UNDER_WAY_SEQUENCES = 64
 
+_ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+_CPU_ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "2",
+    # The default leaves one core idle.
+    "VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}",
+    # Compiling takes longer than it saves there.
+    "TORCHDYNAMO_DISABLE": "1",
+}
+
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
@@ -183,7 +192,6 @@ class VllmEngine:
             max_tokens=options.max_new_tokens,
             ignore_eos=True,
             stop_token_ids=list(options.stop_token_ids or self.card.stop_token_ids),
-            allowed_token_ids=None,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
@@ -238,6 +246,9 @@ async def _bounded(
 
 
 def _start(directory: Path, *, dtype: str, max_length: int | None, options: VllmOptions, pooling: bool) -> Any:
+    # vLLM reads these when it is imported, and its processes inherit them; what a user has set stays.
+    for name, value in (_ENVIRONMENT if torch.cuda.is_available() else _ENVIRONMENT | _CPU_ENVIRONMENT).items():
+        os.environ.setdefault(name, value)
     from vllm.config import PoolerConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
