@@ -5,7 +5,6 @@ ratings on SummEval, each with a 95 % bootstrap interval over documents; written
 detector is judged on documents that it was not trained on.
 """
 
-import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -20,10 +19,10 @@ from rich.console import Console
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
-from services.evaluation.consistency.held_out import Judgement, read_held_out
+from services.contract.settings import Settings
+from services.evaluation.consistency.held_out import Judgement
 from services.evaluation.consistency.labelled import Example, read_labelled
-from services.evaluation.support import check_support
-from services.evaluation.words import STOP_WORDS
+from services.evaluation.judges import judge_held_out, judge_lookback, judge_novel_words, judge_support
 
 RESAMPLES = 1000
 SEED = 0
@@ -45,6 +44,11 @@ class Measured:
 def main(
     data: Annotated[Path, typer.Option(help="Folder of the labelled sets.")],
     held_out: Annotated[Path, typer.Option(help="Folder that the consistency training wrote.")],
+    lookback: Annotated[
+        bool,
+        typer.Option(help="Also judge by the lookback lens, whose model reads every document."),
+    ] = True,
+    cache: Annotated[Path | None, typer.Option(help="Folder that keeps what the lens measured.")] = None,
     out: Annotated[Path, typer.Option(help="Markdown file to write.")] = Path("docs/detectors.md"),
 ) -> None:
     """Validate the hallucination detectors against human labels."""
@@ -53,6 +57,8 @@ def main(
         "support": judge_support,
         "consistency": lambda examples: judge_held_out(examples, folder=held_out),
     }
+    if lookback:
+        detectors["lookback"] = lambda examples: judge_lookback(examples, settings=Settings(), cache=cache)
     command = "python -m services.evaluation.validation " + shlex.join(sys.argv[1:])
     table = render_table(validate(read_labelled(data), detectors), command=command)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -70,40 +76,6 @@ def validate(examples: Sequence[Example], detectors: dict[str, Detector]) -> dic
             for title, (rows, statistic) in MEASURES.items()
         }
     return results
-
-
-def judge_novel_words(examples: Sequence[Example]) -> list[Judgement]:
-    """The baseline: the share of an output's words, stop words apart, that the document does not contain."""
-    judgements = []
-    vocabularies: dict[str, set[str]] = {}
-    for example in examples:
-        if example.document not in vocabularies:
-            vocabularies[example.document] = {word.lower() for word in _WORD.findall(example.document)}
-        known = vocabularies[example.document]
-        ranges = [
-            (match.start(), match.end(), float(match.group().lower() not in known))
-            for match in _WORD.finditer(example.output)
-        ]
-        content = [score for start, end, score in ranges if example.output[start:end].lower() not in STOP_WORDS]
-        score = float(np.mean(content)) if content else None
-        judgements.append(Judgement(key=example.key, score=score, ranges=ranges))
-    return judgements
-
-
-def judge_support(examples: Sequence[Example]) -> list[Judgement]:
-    judgements = []
-    for example in examples:
-        support = check_support(example.output, source=example.document)
-        score = None if support.share is None else 1 - support.share / 100
-        ranges = [(span.start, span.end, span.score) for span in support.spans]
-        judgements.append(Judgement(key=example.key, score=score, ranges=ranges))
-    return judgements
-
-
-def judge_held_out(examples: Sequence[Example], *, folder: Path) -> list[Judgement]:
-    """The consistency networks of the training's folds, each on the documents that it has not seen."""
-    judgements = read_held_out(folder)
-    return [judgements[example.key] for example in examples if example.key in judgements]
 
 
 def render_table(results: dict[str, dict[str, Measured]], *, command: str) -> str:
@@ -227,13 +199,13 @@ def _measure(
     return Measured(value=value, low=float(low), high=float(high), skipped=skipped)
 
 
-_WORD = re.compile(r"\w+")
 _EXPLANATION = """\
 AUROC against human labels, with 95 % bootstrap intervals over documents; 0.5 is chance, 1 is full agreement.
 "BUMP pairs won" is the share of edited summaries that score worse than the reference they were made from, and the last
-column is Spearman's correlation of the score with the experts' inconsistency. The consistency detector is trained, so
-each document is judged by a network that was fitted without it and without any document that shares its text; none is
-ever fitted to SummEval."""
+column is Spearman's correlation of the score with the experts' inconsistency. The trained detectors, consistency and
+lookback, judge each document by what they learnt without it and without any document that shares its text; neither
+learns from SummEval. The consistency scores are those that
+`python -m services.evaluation.consistency.train` leaves beside its weights."""
 
 
 if __name__ == "__main__":

@@ -88,14 +88,15 @@ def _best_passage(words: list[Word], source: Source) -> list[int]:
     what a document is about.
     """
     weights = {word.key: source.rarity(word.key) * (0.2 if word.is_stop_word else 1.0) + 0.01 for word in words}
-    sets = [set(keys) & weights.keys() for keys in source.keys]
+    # In order of appearance, because the order of a set, and with it a sum's last digit, changes between processes.
+    shared = [[key for key in dict.fromkeys(keys) if key in weights] for keys in source.keys]
     uncovered = dict(weights)
     chosen: list[int] = []
     room = PASSAGE_WORDS
     while True:
         gains = {
             index: sum(uncovered[key] for key in keys) + 0.1 * sum(weights[key] for key in keys)
-            for index, keys in enumerate(sets)
+            for index, keys in enumerate(shared)
             if index not in chosen and (len(source.keys[index]) <= room or not chosen)
         }
         best = max(gains, key=lambda index: (gains[index], -index), default=None)
@@ -103,7 +104,7 @@ def _best_passage(words: list[Word], source: Source) -> list[int]:
             break
         chosen.append(best)
         room -= len(source.keys[best])
-        for key in sets[best]:
+        for key in shared[best]:
             uncovered[key] *= 0.3
     for index, keys in enumerate(source.keys):
         if index not in chosen and len(keys) <= room:
