@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 import torch
-from accelerate import PartialState  # type: ignore[import-untyped]
+from accelerate import PartialState
 from transformers import TrainingArguments
 
 from services.contract.errors import SpecError, UnsupportedError

@@ -24,7 +24,7 @@ from services.store.store import Attempt, Store
 
 log = logging.getLogger("smoothkd.worker")
 
-STOP_GRACE_SECONDS = 5.0
+STOP_GRACE_SECONDS = 20.0
 LOOK_SECONDS = 0.2
 BEAT_SECONDS = 5.0
 """The longest time between heartbeats, and so until a running stage learns that it was cancelled."""

@@ -3,7 +3,6 @@
 Shape suffixes: N label positions, C rows of a chunk, D hidden size, V vocabulary, K kept tokens.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes
@@ -14,6 +13,7 @@ from services.contract.errors import InvalidInputError, UnsupportedError
 from services.contract.lm_head import LmHead
 from services.contract.sequences import LabelOptions
 from services.contract.soft_labels import Array, ExactLabels, FullLabels, SoftLabels, TopKLabels
+from services.models.logit_shape import logit_scale, soft_cap
 
 _CHUNK_ELEMENTS = 2**24
 """Logits that exist at a time: 64 MiB in float32."""
@@ -41,9 +41,9 @@ class TorchHead:
         self.weight_VD: torch.Tensor = layer.weight.detach()[:vocab_size]
         bias = getattr(layer, "bias", None)
         self.bias_V: torch.Tensor | None = None if bias is None else bias.detach()[:vocab_size]
-        config = model.config.get_text_config()
-        self.logit_scale = _logit_scale(config.to_dict())
-        self.soft_cap = _first(config.to_dict(), "final_logit_softcapping", "output_logit_soft_cap") or 0.0
+        config = model.config.get_text_config().to_dict()
+        self.logit_scale = logit_scale(config)
+        self.soft_cap = soft_cap(config)
 
     def to_numpy(self) -> LmHead:
         """The wire form, in the model's own type."""
@@ -110,19 +110,3 @@ def _top_k(logits_CV: torch.Tensor, options: LabelOptions) -> tuple[torch.Tensor
     kept = logprobs_CV.topk(min(options.k, logprobs_CV.shape[1]), dim=1)
     tail_mass_C = logprobs_CV.exp().scatter(1, kept.indices, 0.0).sum(dim=1)
     return kept.indices.int(), kept.values.half(), tail_mass_C.float()
-
-
-def _logit_scale(config: Mapping[str, Any]) -> float:
-    """What logits are multiplied with: Granite divides by ``logits_scaling``, HyperCLOVA X multiplies with it."""
-    scaling = _first(config, "logits_scaling")
-    if scaling is not None:
-        return scaling if str(config.get("model_type")).startswith("hyperclovax") else 1.0 / scaling
-    scale = _first(config, "logit_scale", "lm_head_multiplier", "output_multiplier")
-    return 1.0 if scale is None else scale
-
-
-def _first(config: Mapping[str, Any], *names: str) -> float | None:
-    for name in names:
-        if isinstance(config.get(name), int | float):
-            return float(config[name])
-    return None

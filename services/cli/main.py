@@ -32,6 +32,9 @@ DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 def main() -> None:
     """Run the command line; an error of the platform's own prints what happened and what to do."""
+    # Teacher and student may share a processor: threads that spin while they wait starve the other's. OpenMP reads
+    # this when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except SmoothKDError as error:

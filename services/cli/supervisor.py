@@ -16,6 +16,9 @@ from types import TracebackType
 from services.contract.errors import PortInUseError, SmoothKDError
 from services.process import start_child, stop_child
 
+STOP_SECONDS = 30.0
+"""A worker's stage saves a checkpoint before it ends."""
+
 
 class ServiceFailedError(SmoothKDError):
     """A service ends again and again, or does not come up."""
@@ -104,7 +107,7 @@ class Supervisor:
     def stop(self) -> None:
         """End every service, the last started first."""
         while self._running:
-            stop_child(self._running.pop().child, grace_seconds=10)
+            stop_child(self._running.pop().child, grace_seconds=STOP_SECONDS)
 
     def _spawn(self, service: Service) -> subprocess.Popen[bytes]:
         with self._log_path(service).open("ab") as log:

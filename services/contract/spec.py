@@ -153,7 +153,8 @@ class GridSpec(Spec):
 class TrainingSpec(Spec):
     """What all runs of a sweep train alike. ``max_length``, in tokens, bounds prompt plus response.
 
-    ``micro_batch_size`` records go through the model at once; None means the whole batch.
+    ``micro_batch_size`` records go through the model at once; None means the whole batch, or one
+    record on a CPU.
     ``checkpoint_steps``: optimizer steps between checkpoints.
     """
 

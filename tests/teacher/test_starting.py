@@ -82,7 +82,7 @@ def test_a_teacher_whose_labels_are_not_its_own_refuses_to_serve(
     from teacher_server import torch_head
 
     options = TeacherOptions(model=str(model_of("granite-scaled")), engine="transformers", port=0)
-    monkeypatch.setattr(torch_head, "_logit_scale", lambda config: 1.0)
+    monkeypatch.setattr(torch_head, "logit_scale", lambda config: 1.0)
     with pytest.raises(TeacherError, match="would not be its own distribution"), running_teacher(options):
         pass
 
