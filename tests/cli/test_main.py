@@ -1,0 +1,112 @@
+"""The command line and the documents that speak of it."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from services.contract.records import Summary, SummaryCell, SummaryRow
+from services.contract.states import State
+
+REPOSITORY = Path(__file__).parents[2]
+SMOOTHKD = [sys.executable, "-m", "services.cli.main"]
+COMMANDS = ("up", "demo", "doctor", "api", "teacher", "worker", "dashboard", "health", "fetch", "train", "evaluate")
+COMMANDS += ("detect", "sweep submit", "sweep list", "sweep show", "sweep cancel", "sweep watch", "lens train")
+
+
+def smoothkd(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    import os
+
+    return subprocess.run(
+        [*SMOOTHKD, *arguments], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command):
+    result = smoothkd(*command.split(), "--help")
+    assert result.returncode == 0, result.stderr
+    assert "Usage:" in result.stdout
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys\nfrom typer.testing import CliRunner\nfrom services.cli.main import app\n"
+        "assert CliRunner().invoke(app, ['--help']).exit_code == 0\nprint(*sys.modules)"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    roots = {name.partition(".")[0] for name in loaded.stdout.split()}
+    assert roots.isdisjoint(
+        {"torch", "transformers", "fastapi", "streamlit", "sqlalchemy", "redis", "grpc", "pydantic"}
+    )
+
+
+def test_commands_and_targets_of_the_readme_exist():
+    text = (REPOSITORY / "README.md").read_text()
+    makefile = (REPOSITORY / "Makefile").read_text()
+    for target in re.findall(r"(?:`|^)make ([a-z-]+)", text, flags=re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+    known = {command.split()[0] for command in COMMANDS}
+    for command in re.findall(r"(?:`|^)smoothkd ([a-z]+)", text, flags=re.MULTILINE):
+        assert command in {*known, "distils"}, command
+    for path in re.findall(r"`((?:services|student_trainer|teacher_server|docs|sweeps)/[\w./]+)`", text):
+        assert (REPOSITORY / path).exists(), path
+
+
+def test_a_wrong_sweep_file_is_refused_before_the_api_is_asked(tmp_path):
+    file = tmp_path / "sweep.yaml"
+    file.write_text("name: x\nstudent: {modle: y}\ndataset: {path: z}\n")
+    result = smoothkd("sweep", "submit", str(file), SMOOTHKD_API_URL="http://127.0.0.1:9")
+    assert result.returncode == 2
+    assert "student.modle" in result.stderr
+    assert "did you mean model" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_an_absent_api_is_named_with_what_to_do():
+    result = smoothkd("sweep", "list", SMOOTHKD_API_URL="http://127.0.0.1:9")
+    assert result.returncode == 3
+    assert "http://127.0.0.1:9" in result.stderr
+    assert "smoothkd up" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_doctor_says_what_is_there_and_what_is_not(tmp_path):
+    result = smoothkd("doctor", SMOOTHKD_DATA_DIR=str(tmp_path), SMOOTHKD_API_URL="http://127.0.0.1:9")
+    assert result.returncode == 0, result.stderr
+    for word in ("torch", "streamlit", "memory", "store", "teacher", "http://127.0.0.1:9"):
+        assert word in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_summary_table_marks_the_best_and_says_why_a_metric_is_missing():
+    from rich.console import Console
+
+    from services.cli.sweep_views import summary_table
+
+    def cell(metric, mean, **more):
+        return SummaryCell(benchmark="xsum", metric=metric, mean=mean, std=more.pop("std", None), runs=2, **more)
+
+    rows = [
+        SummaryRow(
+            method="SFT", alpha=0, runs=2, ended=2, cells=[cell("rouge_l", 20.123, std=0.5), cell("support", 80.0)]
+        ),
+        SummaryRow(
+            method="KD alpha=1",
+            alpha=1,
+            runs=2,
+            ended=1,
+            cells=[cell("rouge_l", 21.0, best=True), cell("support", None, missing="empty")],
+        ),
+    ]
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(summary_table(Summary(sweep_id="sw-1", state=State.RUNNING, rows=rows)))
+    console.file.close()
+    text = console.export_text(clear=False)
+    assert "20.12±0.50" in text
+    assert "– (empty)" in text
+    assert "1/2" in text
+    styled = console.export_text(styles=True)
+    assert "\x1b[1;32m21.00" in styled
