@@ -116,9 +116,12 @@ class DistillationTrainer(Trainer):
             labels = self._objective.labels
             sums = self.accelerator.reduce(self._window.sums, reduction="sum").tolist()
             logs |= self._window.metrics(sums, alpha=self._objective.alpha)
-            logs["label_wait_seconds"] = labels.waited_seconds if labels else 0.0
             if labels:
+                logs["label_wait_seconds"] = labels.waited_seconds
                 labels.waited_seconds = 0.0
+            else:
+                # Not 0: without a teacher there is no such term.
+                del logs["soft_loss"]
             self._window.restart()
         super().log(logs, start_time)
 

@@ -169,3 +169,14 @@ def test_a_teacher_that_ends_no_answer_is_an_error(
     with pytest.raises(DatasetError, match="ended none of its 10 responses"):
         decode_responses(spec, tokenizer=tokenizer, settings=kd_settings)
     assert not (kd_settings.data_dir / "decodes").exists()
+
+
+def test_supervised_fine_tuning_has_no_soft_loss(
+    make_run: Callable[..., RunSpec], settings: Settings, store: Store
+) -> None:
+    """An absent term is absent, not 0."""
+    attempt = begin(store, make_run(alpha=0.0), StageKind.TRAIN)
+    run_train(store, attempt, settings)
+    names = {point.name for point in store.metrics(store.stage(attempt.stage_id).run_id)}
+    assert "hard_loss" in names
+    assert names.isdisjoint({"soft_loss", "label_wait_seconds"})
