@@ -149,7 +149,7 @@ def _pair_rows(examples: Sequence[Example], judgements: dict[str, Judgement]) ->
         if edited is None or reference is None or edited.score is None or reference.score is None:
             skipped += 1
             continue
-        won = 0.5 * ((edited.score > reference.score) + (edited.score >= reference.score))
+        won = 0.5 * (float(edited.score > reference.score) + float(edited.score >= reference.score))
         rows.append((example.group, 1.0, won))
     return rows, skipped
 

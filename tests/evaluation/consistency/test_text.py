@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 from services.evaluation.consistency.text import LONGEST_SENTENCE, read_words, split_sentences, word_key
 
 
@@ -45,3 +49,25 @@ def test_inflections_and_spellings_share_a_key() -> None:
     assert word_key("John's") == word_key("John")
     assert word_key("1943") != word_key("1946")
     assert word_key("日本") == "日本"
+
+
+def test_claims_are_the_same_in_every_process() -> None:
+    """String hashes, and with them the order of sets, differ between processes."""
+    code = (
+        "import hashlib;from services.evaluation.consistency.claims import Source, read_claims;"
+        "text='The red fox saw the old dog. The old dog saw the red hen. A hen and a fox saw it. ' * 20;"
+        "claims=read_claims('The old hen saw a red dog and a fox.', source=Source(text));"
+        "print([(c.passage, c.nearest, hashlib.md5(c.features_WF.tobytes()).hexdigest()) for c in claims])"
+    )
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(outputs) == 1
+    assert "fox" in outputs.pop()
