@@ -9,6 +9,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -30,6 +31,12 @@ SEED = 0
 Detector = Callable[[Sequence[Example]], list[Judgement]]
 
 
+class Lookback(StrEnum):
+    NONE = "none"
+    XSUMFAITH = "xsumfaith"
+    ALL = "all"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Measured:
     """A value with its bootstrap interval, or None with a ``missing`` reason; ``skipped`` outputs had no score."""
@@ -45,9 +52,8 @@ def main(
     data: Annotated[Path, typer.Option(help="Folder of the labelled sets.")],
     held_out: Annotated[Path, typer.Option(help="Folder that the consistency training wrote.")],
     lookback: Annotated[
-        bool,
-        typer.Option(help="Also judge by the lookback lens, whose model reads every document."),
-    ] = True,
+        Lookback, typer.Option(help="What the lookback lens judges; its model reads every document, seconds for each.")
+    ] = Lookback.ALL,
     cache: Annotated[Path | None, typer.Option(help="Folder that keeps what the lens measured.")] = None,
     out: Annotated[Path, typer.Option(help="Markdown file to write.")] = Path("docs/detectors.md"),
 ) -> None:
@@ -57,8 +63,12 @@ def main(
         "support": judge_support,
         "consistency": lambda examples: judge_held_out(examples, folder=held_out),
     }
-    if lookback:
-        detectors["lookback"] = lambda examples: judge_lookback(examples, settings=Settings(), cache=cache)
+    if lookback != Lookback.NONE:
+        detectors["lookback"] = lambda examples: judge_lookback(
+            [example for example in examples if lookback in (Lookback.ALL, example.origin)],
+            settings=Settings(),
+            cache=cache,
+        )
     command = "python -m services.evaluation.validation " + shlex.join(sys.argv[1:])
     table = render_table(validate(read_labelled(data), detectors), command=command)
     out.parent.mkdir(parents=True, exist_ok=True)
