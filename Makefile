@@ -2,12 +2,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+DATA ?= ../shared/data
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup setup-vllm demo test lint format proto bench clean
+.PHONY: help setup setup-vllm demo test lint format proto validate-detectors bench clean
 
 help:  ## Show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
 
 setup: $(VENV)/.complete  ## Build .venv with everything that demo, test and lint need
 $(VENV)/.complete: pyproject.toml
@@ -46,6 +47,11 @@ format: setup  ## Rewrite the code in the project's style
 proto: setup  ## Regenerate the stubs of the wire contract
 	$(BIN)/python -m grpc_tools.protoc -I . --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy \
 		--python_out=. --grpc_python_out=. --mypy_out=. services/contract/teacher/v1/teacher_service.proto
+
+validate-detectors: setup  ## Compare the detectors with people's labels; about an hour; DATA=folder of the label sets
+	$(BIN)/python -m services.evaluation.consistency.train --data $(DATA) --out .smoothkd/consistency --precision bfloat16
+	$(BIN)/python -m services.evaluation.validation --data $(DATA) --held-out .smoothkd/consistency \
+		--lookback xsumfaith --cache .smoothkd/lens-cache
 
 bench: setup  ## Measure speed and memory as ratios
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done

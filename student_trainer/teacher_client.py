@@ -36,6 +36,8 @@ Answer = TypeVar("Answer", ScoredSequence, Continuation)
 Message = TypeVar("Message", pb.ScoreSequencesResponse, pb.GenerateSequencesResponse)
 
 _CHANNEL_OPTIONS = (
+    # Replicas behind one name share the work.
+    ("grpc.service_config", '{"loadBalancingConfig": [{"round_robin": {}}]}'),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 30_000),

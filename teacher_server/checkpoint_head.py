@@ -23,7 +23,7 @@ class CheckpointHead:
 
 
 def load_checkpoint_head(directory: Path, *, dtype: torch.dtype, device: str) -> CheckpointHead:
-    """Weight and bias of the head in ``dtype`` on ``device``; UnsupportedError when the files hold none.
+    """Weight [V, D] and bias [V] of the head in ``dtype`` on ``device``; UnsupportedError when no file holds them.
 
     A head tied to the embedding is the embedding. Names come from the architecture as transformers builds it,
     without its weights.
@@ -43,8 +43,8 @@ def load_checkpoint_head(directory: Path, *, dtype: torch.dtype, device: str) ->
     bias = _find(files, [names[id(layer)]], "bias") if getattr(layer, "bias", None) is not None else None
     if weight is None:
         raise UnsupportedError(
-            f"{directory} holds no tensor {names[id(layer)]}.weight",
-            fix="Serve a checkpoint whose head has its own tensor, or is tied to the embedding.",
+            f"{directory} holds no tensor {names[id(layer)]}.weight in safetensors files",
+            fix="Convert older files with save_pretrained; the head must have its own tensor or be tied.",
         )
     return CheckpointHead(
         config,
@@ -77,9 +77,11 @@ def _find(files: dict[str, Path], modules: list[str], parameter: str) -> str | N
     """The tensor of the first module that the files hold; a prefix that wraps a text model in a larger one may lead."""
     for module in modules:
         wanted = f"{module}.{parameter}"
-        for name in files:
-            if name == wanted or name.endswith(f".{wanted}") or wanted.endswith(f".{name}"):
-                return name
+        if wanted in files:
+            return wanted
+        like = [name for name in files if name.endswith(f".{wanted}") or wanted.endswith(f".{name}")]
+        if len(like) == 1:
+            return like[0]
     return None
 
 

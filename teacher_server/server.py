@@ -15,6 +15,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from services.contract.errors import InvalidInputError, MissingExtraError, PortInUseError
+from services.contract.hosts import is_loopback
 from services.contract.settings import Settings
 from services.contract.soft_labels import MAX_MESSAGE_BYTES
 from services.contract.teacher.v1 import teacher_service_pb2 as pb
@@ -68,6 +69,12 @@ async def run_server(
     While the model loads, the health service answers NOT_SERVING and the teacher's rpcs UNAVAILABLE.
     """
     host = options.host if options.host is not None else settings.teacher_host
+    if not is_loopback(host):
+        logger.warning(
+            "serving %s without encryption or key: whoever reaches this port can use the teacher; keep it in a private "
+            "network",
+            host,
+        )
     servicer, health_servicer = TeacherServicer(), health.aio.HealthServicer()  # type: ignore[attr-defined]
     server = grpc.aio.server(options=_SERVER_OPTIONS)
     add_TeacherServiceServicer_to_server(servicer, server)

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from services.contract.errors import InvalidInputError, TeacherUnavailableError
+from services.contract.errors import InvalidInputError, TeacherError, TeacherUnavailableError
 from services.contract.lm_head import LmHead
 from services.contract.sequences import Continuation, DecodeOptions, LabelOptions, Prompt, TokenSequence
 from services.contract.soft_labels import Array, ScoredSequence, hash_sequence
@@ -44,7 +44,7 @@ _ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 _CPU_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "2",
     # The default leaves one core idle.
-    "VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}",
+    "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
     # Compiling takes longer than it saves there.
     "TORCHDYNAMO_DISABLE": "1",
 }
@@ -84,11 +84,13 @@ class VllmEngine:
         head_owner = load_checkpoint_head(directory, dtype=self._dtype, device=_head_device())
         self._torch_head = TorchHead(head_owner, vocab_size=tokenizer.vocab_size)
         weights_dtype = str(self._dtype).removeprefix("torch.")
+        # Quantised weights give other labels than the files they come from.
+        computed_in = f"{weights_dtype} {options.quantization}" if options.quantization else weights_dtype
         self.card = TeacherCard(
             engine="vllm",
             model=name,
             revision=revision,
-            fingerprint=fingerprint_model(directory, tokenizer_fingerprint=tokenizer.fingerprint, dtype=weights_dtype),
+            fingerprint=fingerprint_model(directory, tokenizer_fingerprint=tokenizer.fingerprint, dtype=computed_in),
             tokenizer_fingerprint=tokenizer.fingerprint,
             vocab_size=tokenizer.vocab_size,
             hidden_size=self._torch_head.weight_VD.shape[1],
@@ -113,6 +115,7 @@ class VllmEngine:
     @torch.inference_mode()
     def reference_logits(self, token_ids: Sequence[int]) -> Array:
         """A forward pass by transformers on the CPU, with the weights mapped from disk and dropped afterwards."""
+        logger.info("comparing with a forward pass by transformers on the processor; minutes for large models")
         config = AutoConfig.from_pretrained(self._directory)
         model: Any = AutoModelForCausalLM.from_pretrained(self._directory, config=config, dtype=self._dtype).eval()
         logits_TV = model(input_ids=torch.tensor([list(token_ids)])).logits[0, :, : self.card.vocab_size]
@@ -260,11 +263,11 @@ def _start(directory: Path, *, dtype: str, max_length: int | None, options: Vllm
         "tensor_parallel_size": options.tensor_parallel_size,
         "pipeline_parallel_size": options.pipeline_parallel_size,
         "quantization": options.quantization,
-        "gpu_memory_utilization": options.gpu_memory_utilization,
-        "enforce_eager": options.enforce_eager or not torch.cuda.is_available(),
+        # Scoring and decoding are two engines on the same GPUs.
+        "gpu_memory_utilization": options.gpu_memory_utilization / (2 if options.generation else 1),
+        "enforce_eager": not torch.cuda.is_available(),
         "enable_log_requests": False,
         "disable_log_stats": True,
-        "trust_remote_code": options.trust_remote_code,
     }
     if pooling:
         arguments |= {
@@ -273,7 +276,14 @@ def _start(directory: Path, *, dtype: str, max_length: int | None, options: Vllm
             "pooler_config": PoolerConfig(task="token_embed", tok_pooling_type="ALL", use_activation=False),
             "enable_prefix_caching": False,
         }
-    return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+    try:
+        return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+    except (RuntimeError, ValueError, OSError) as error:
+        raise TeacherError(
+            f"vLLM does not start: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            fix="Its own lines above say why; too little GPU memory: lower --max-length or --gpu-memory-utilization, "
+            "or use more GPUs with --tensor-parallel-size.",
+        ) from error
 
 
 def _head_device() -> str:

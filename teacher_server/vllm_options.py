@@ -7,13 +7,12 @@ from dataclasses import dataclass
 class VllmOptions:
     """Named as vLLM's own options. ``generation`` starts a second engine for sequence-level distillation.
 
-    ``gpu_memory_utilization`` leaves room for the output head, which this process holds on the first GPU.
+    ``gpu_memory_utilization`` is shared by both engines and leaves room for the output head, which this process holds
+    on the first GPU.
     """
 
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     quantization: str | None = None
     gpu_memory_utilization: float = 0.8
-    enforce_eager: bool = False
     generation: bool = False
-    trust_remote_code: bool = False

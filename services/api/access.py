@@ -1,6 +1,5 @@
 """Who may use the API: the bearer key, and what holds where there is none."""
 
-import ipaddress
 import secrets
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -12,6 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from services.api.problems import problem_response
 from services.contract.errors import AuthenticationError, InvalidInputError
+from services.contract.hosts import is_loopback
 from services.contract.settings import Settings
 
 OPEN_PATHS = frozenset({"/healthz", "/readyz"})
@@ -31,14 +31,6 @@ def require_safe_binding(settings: Settings) -> None:
             f"the API would serve {settings.api_host}, which other machines can reach, without a key",
             fix="Set SMOOTHKD_API_KEY, or bind to this machine alone with SMOOTHKD_API_HOST=127.0.0.1.",
         )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host name or address means this machine alone; ``host`` comes without its port."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host.lower().rstrip(".") == "localhost"
 
 
 async def require_key(

@@ -25,12 +25,12 @@ def run_demo(settings: Settings, *, sweep_file: Path | None, leave: bool) -> int
     """
     started = time.monotonic()
     file = sweep_file or shipped_sweep("demo.yaml")
-    spec = load_sweep(file)
+    spec = sweep_views.with_absolute_paths(load_sweep(file), file)
     model = spec.teacher.model if spec.teacher else spec.student.model
     status = 1
     with running_platform(settings, model=model, engine="auto", workers=1) as supervisor:
         with sweep_views.client_of(settings) as api:
-            sweep = api.submit_sweep(sweep_views.with_absolute_paths(spec, file))
+            sweep = api.submit_sweep(spec)
             console.print(
                 f"\nsweep {sweep.id}: {len(spec.grid.alpha)} methods, watch it at {_page(settings, sweep.id)}\n"
             )

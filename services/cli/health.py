@@ -19,7 +19,7 @@ def require_healthy(name: str, settings: Settings) -> None:
         raise InvalidInputError(f"{name!r} is no part of the platform", fix=f"Name one of {', '.join(CHECKS)}.")
     problem = CHECKS[name](settings)
     if problem is not None:
-        raise UnhealthyError(f"{name} is not healthy: {problem}")
+        raise UnhealthyError(f"{name} is not healthy: {problem}", fix=f"Start it with smoothkd {name}, or see its log.")
 
 
 def queue_problem(settings: Settings) -> str | None:

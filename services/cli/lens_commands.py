@@ -27,14 +27,14 @@ def train(
 ) -> None:
     """Train a lens from human labels; prints its cross-validated AUROC."""
     from services.contract.errors import InvalidInputError
-    from services.contract.settings import Settings
+    from services.contract.settings import load_settings
     from services.evaluation.lookback.train import train_lens
 
     kinds: dict[str, Literal["windows", "predefined"]] = {"windows": "windows", "predefined": "predefined"}
     if spans not in kinds:
         raise InvalidInputError(f"spans {spans!r} is unknown", fix="Choose windows or predefined.")
     lens = train_lens(
-        data, model=model, out=out, settings=Settings(), spans=kinds[spans], folds=folds, seed=seed, cache=cache
+        data, model=model, out=out, settings=load_settings(), spans=kinds[spans], folds=folds, seed=seed, cache=cache
     )
     typer.echo(lens.model_dump_json(indent=2, include={"training"}))
 
@@ -48,8 +48,8 @@ def evaluate(
     cache: Cache = None,
 ) -> None:
     """Print what a lens is worth on labelled summaries."""
-    from services.contract.settings import Settings
+    from services.contract.settings import load_settings
     from services.evaluation.lookback.train import evaluate_lens
 
-    report = evaluate_lens(data, lens=lens, model=model, settings=Settings(), cache=cache)
+    report = evaluate_lens(data, lens=lens, model=model, settings=load_settings(), cache=cache)
     typer.echo(report.model_dump_json(indent=2))

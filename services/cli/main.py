@@ -3,12 +3,15 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from services.cli import lens_commands, sweep_commands
-from services.contract.errors import SmoothKDError
+from services.contract.errors import MissingExtraError, SmoothKDError
+
+if TYPE_CHECKING:
+    from services.contract.settings import Settings
 
 app = typer.Typer(
     name="smoothkd",
@@ -27,6 +30,23 @@ FILES = "One model, without queue, store or API"
 TeacherModel = Annotated[str, typer.Option("--model", help="Directory or hub id of the teacher.")]
 Engine = Annotated[str, typer.Option(help="What computes: auto, transformers, vllm, mock.")]
 VLLM = typer.Option(help="As vLLM names it.", rich_help_panel="vLLM")
+EXTRAS = {
+    "fastapi": "api",
+    "sse_starlette": "api",
+    "uvicorn": "api",
+    "alembic": "store",
+    "redis": "store",
+    "rq": "store",
+    "sqlalchemy": "store",
+    "psycopg": "postgres",
+    "grpc_reflection": "teacher",
+    "torch": "worker",
+    "transformers": "worker",
+    "rouge_score": "worker",
+    "streamlit": "dashboard",
+}
+"""Which extra of the installation brings a package."""
+
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
@@ -40,6 +60,15 @@ def main() -> None:
     except SmoothKDError as error:
         _report(error)
         sys.exit(error.exit_code)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        missing = MissingExtraError(
+            f"the package {package} is not installed", fix=f"Run pip install 'smoothkd[{EXTRAS[package]}]'."
+        )
+        _report(missing)
+        sys.exit(missing.exit_code)
 
 
 @app.command(rich_help_panel=ONE_MACHINE)
@@ -47,13 +76,12 @@ def up(
     *,
     model: TeacherModel = DEMO_MODEL,
     engine: Engine = "auto",
-    workers: Annotated[int, typer.Option(min=1, help="Queue workers; one per GPU.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Queue workers on this machine.")] = 1,
 ) -> None:
     """Start everything here: queue, teacher, API, workers, dashboard. Ctrl-C ends all."""
     from services.cli.up import run_up
-    from services.contract.settings import Settings
 
-    run_up(Settings(), model=model, engine=engine, workers=workers)
+    run_up(_settings(), model=model, engine=engine, workers=workers)
 
 
 @app.command(rich_help_panel=ONE_MACHINE)
@@ -66,28 +94,25 @@ def demo(
 ) -> None:
     """Train and compare SFT and KD students on shipped data, then show them in the dashboard."""
     from services.cli.demo import run_demo
-    from services.contract.settings import Settings
 
-    raise typer.Exit(run_demo(Settings(), sweep_file=sweep, leave=leave))
+    raise typer.Exit(run_demo(_settings(), sweep_file=sweep, leave=leave))
 
 
 @app.command(rich_help_panel=ONE_MACHINE)
 def doctor() -> None:
     """Show what is installed, reachable and free."""
     from services.cli.doctor import run_doctor
-    from services.contract.settings import Settings
 
-    raise typer.Exit(run_doctor(Settings()))
+    raise typer.Exit(run_doctor(_settings()))
 
 
 @app.command(rich_help_panel=PARTS)
 def api() -> None:
     """Serve the REST API and keep the queue true to the store."""
     from services.api.app import serve
-    from services.contract.settings import Settings
 
     _log_to_stderr()
-    serve(Settings())
+    serve(_settings())
 
 
 @app.command(rich_help_panel=PARTS)
@@ -109,12 +134,11 @@ def teacher(
     ] = False,
 ) -> None:
     """Serve a teacher's soft labels over gRPC."""
-    from services.contract.settings import Settings
     from teacher_server.server import TeacherOptions, serve
     from teacher_server.vllm_options import VllmOptions
 
     serve(
-        Settings(),
+        _settings(),
         TeacherOptions(
             model=model,
             revision=revision,
@@ -137,20 +161,18 @@ def teacher(
 @app.command(rich_help_panel=PARTS)
 def worker() -> None:
     """Take stages from the queue and run each in a process of its own."""
-    from services.contract.settings import Settings
     from student_trainer.worker import run_worker
 
     _log_to_stderr()
-    run_worker(Settings())
+    run_worker(_settings())
 
 
 @app.command(rich_help_panel=PARTS)
 def dashboard() -> None:
     """Serve the dashboard."""
     from dashboard.serve import command
-    from services.contract.settings import Settings
 
-    argv = command(Settings())
+    argv = command(_settings())
     os.execvp(argv[0], argv)
 
 
@@ -158,18 +180,16 @@ def dashboard() -> None:
 def health(service: Annotated[str, typer.Argument(help="queue, teacher, api, worker or dashboard.")]) -> None:
     """Exit 0 if a part answers as it should; for container health checks."""
     from services.cli.health import require_healthy
-    from services.contract.settings import Settings
 
-    require_healthy(service, Settings())
+    require_healthy(service, _settings())
 
 
 @app.command(rich_help_panel=FILES)
 def fetch(model: Annotated[str, typer.Argument(help="Directory, hub id, or an embedded model's name.")]) -> None:
     """Bring a model to this machine and print where it lies."""
-    from services.contract.settings import Settings
     from services.models.resolve import resolve_model
 
-    typer.echo(resolve_model(model, settings=Settings()))
+    typer.echo(resolve_model(model, settings=_settings()))
 
 
 @app.command(rich_help_panel=FILES)
@@ -179,13 +199,12 @@ def train(
     out: Annotated[Path, typer.Option(help="Directory for checkpoints and the model.")],
 ) -> None:
     """Train one student. With alpha above 0 a teacher must be serving."""
-    from services.contract.settings import Settings
     from services.contract.spec import load_run
 
     spec = load_run(run)
     from student_trainer.train import train as train_student
 
-    typer.echo(train_student(spec, out=out, settings=Settings()))
+    typer.echo(train_student(spec, out=out, settings=_settings()))
 
 
 @app.command(rich_help_panel=FILES)
@@ -200,7 +219,6 @@ def evaluate(
 ) -> None:
     """Measure any causal language model, trained here or not. NAME=FILE reads a benchmark from a local file."""
     from services.cli.evaluation import evaluate_model
-    from services.contract.settings import Settings
 
     evaluate_model(
         model,
@@ -209,24 +227,23 @@ def evaluate(
         limit=limit,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
-        settings=Settings(),
+        settings=_settings(),
     )
 
 
 @app.command(rich_help_panel=FILES)
 def detect(
     *,
-    detector: Annotated[str, typer.Option(help="lexical or lookback.")],
+    detector: Annotated[str, typer.Option(help="lexical, lookback or consistency.")],
     source: Annotated[Path, typer.Option("--input", help="JSONL with document and summary.")],
     target: Annotated[Path, typer.Option("--output", help="The same lines with score and spans.")],
     model: Annotated[str, typer.Option(help="For lookback: the model whose attention is read.")] = DEMO_MODEL,
     lens: Annotated[str, typer.Option(help="For lookback: a lens file or a shipped lens.")] = "smollm2-135m-instruct",
 ) -> None:
     """Mark what summaries say beyond their documents; a higher score is worse."""
-    from services.contract.settings import Settings
     from services.evaluation.detection import DetectorOptions, detect_file
 
-    options = DetectorOptions(model=model, lens=lens, settings=Settings())
+    options = DetectorOptions(model=model, lens=lens, settings=_settings())
     without = detect_file(detector, source=source, target=target, options=options)
     typer.echo(f"{target}" + (f" ({without} summaries have no score; see their field missing)" if without else ""))
 
@@ -235,9 +252,14 @@ def detect(
 def stage(stage_id: str, *, attempt: Annotated[int, typer.Option(min=1)]) -> None:
     """Run one stage that a worker has begun."""
     from services.cli.stage import run_stage
-    from services.contract.settings import Settings
 
-    run_stage(stage_id, attempt_number=attempt, settings=Settings())
+    run_stage(stage_id, attempt_number=attempt, settings=_settings())
+
+
+def _settings() -> "Settings":
+    from services.contract.settings import load_settings
+
+    return load_settings()
 
 
 def _log_to_stderr() -> None:

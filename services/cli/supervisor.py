@@ -89,7 +89,7 @@ class Supervisor:
     def restart_ended(self) -> list[str]:
         """Start again what has ended; the names of those restarted.
 
-        Three ends of one service within a minute raise ServiceFailedError.
+        A fourth end of one service within a minute raises ServiceFailedError.
         """
         restarted = []
         for running in self._running:

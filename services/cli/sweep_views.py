@@ -9,7 +9,7 @@ from rich.table import Table
 
 from services.contract.api_client import ApiClient
 from services.contract.records import RunRecord, Summary, SummaryCell
-from services.contract.settings import Settings
+from services.contract.settings import Settings, load_settings
 from services.contract.spec import SweepSpec
 from services.contract.states import ENDED, State
 
@@ -27,8 +27,7 @@ METRIC_TITLES = {"rouge_l": "ROUGE-L", "support": "support %", "acc_norm": "acc_
 
 def client() -> ApiClient:
     """A client of the API that the environment names."""
-    settings = Settings()
-    return client_of(settings)
+    return client_of(load_settings())
 
 
 def client_of(settings: Settings) -> ApiClient:
@@ -63,6 +62,8 @@ def show_sweeps(api: ApiClient) -> None:
     for sweep in page.items:
         runs = ", ".join(f"{count} {state}" for state, count in sweep.runs.items() if count)
         table.add_row(sweep.id, sweep.name, _styled(sweep.state), runs, f"{sweep.created_at:%Y-%m-%d %H:%M}")
+    if page.next_cursor:
+        table.add_row("…", "older sweeps follow: GET /v1/sweeps")
     console.print(table if page.items else "No sweeps yet. Submit one: smoothkd sweep submit sweeps/demo.yaml")
 
 

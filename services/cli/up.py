@@ -32,6 +32,12 @@ def run_up(settings: Settings, *, model: str, engine: str, workers: int) -> None
 @contextmanager
 def running_platform(settings: Settings, *, model: str, engine: str, workers: int) -> Iterator[Supervisor]:
     """Every part started and healthy; all end when the context does."""
+    for name in ("api_url", "teacher_address"):
+        if getattr(settings, name):
+            raise ConflictError(
+                f"SMOOTHKD_{name.upper()} is set, but everything that starts here is on this machine",
+                fix="Unset it, or start the parts that you need by themselves: smoothkd worker, smoothkd api ...",
+            )
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     with _sole_owner(settings.data_dir), _sigterm_as_ctrl_c():
         services = platform_services(settings, model=model, engine=engine, workers=workers)

@@ -4,9 +4,23 @@ Entry points build one ``Settings`` and pass it down; nothing reads the environm
 """
 
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from services.contract.errors import InvalidInputError
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+def load_settings() -> "Settings":
+    """The settings of this process; InvalidInputError names each variable that cannot be used."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        wrong = [f"SMOOTHKD_{str(item['loc'][0]).upper()}: {item['msg']}" for item in error.errors()]
+        raise InvalidInputError("; ".join(wrong), fix="Correct or unset these environment variables.") from None
 
 
 class Settings(BaseSettings):
@@ -19,18 +33,18 @@ class Settings(BaseSettings):
     redis_url: str = Field(
         default="", description="Redis or Valkey that wakes the workers; empty means the embedded one on queue_port."
     )
-    queue_port: int = Field(default=8443, description="Loopback port of the embedded Valkey.")
+    queue_port: Port = Field(default=8443, description="Loopback port of the embedded Valkey.")
 
     api_host: str = "127.0.0.1"
-    api_port: int = 8440
+    api_port: Port = 8440
     api_url: str = Field(default="", description="Where clients find the API; empty means http://api_host:api_port.")
     api_key: SecretStr | None = Field(default=None, description="Bearer key; required unless api_host is loopback.")
 
     dashboard_host: str = "127.0.0.1"
-    dashboard_port: int = 8441
+    dashboard_port: Port = 8441
 
     teacher_host: str = "127.0.0.1"
-    teacher_port: int = 8442
+    teacher_port: Port = 8442
     teacher_address: str = Field(
         default="", description="gRPC target of the teacher; empty means teacher_host:teacher_port."
     )

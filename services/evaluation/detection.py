@@ -46,9 +46,10 @@ def detect_file(name: str, *, source: Path, target: Path, options: DetectorOptio
     """
     if name not in DETECTORS:
         raise InvalidInputError(f"{name!r} is no detector", fix=f"Choose one of {', '.join(DETECTORS)}.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
     rows = [_checked(row.values, place=row.place) for row in local_rows(source)]
     detections = DETECTORS[name]([(row["document"], row["summary"]) for row in rows], options)
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
     with partial.open("w", encoding="utf-8") as file:
         for row, detection in zip(rows, detections, strict=True):
             file.write(json.dumps({**row, **_as_json(detection)}, ensure_ascii=False) + "\n")
@@ -74,7 +75,21 @@ def detect_lookback(pairs: Pairs, options: DetectorOptions) -> list[Detection]:
     return [Detection(score=item.score, spans=item.spans, missing=item.missing) for item in found]
 
 
-DETECTORS: Mapping[str, Detector] = {"lexical": detect_lexical, "lookback": detect_lookback}
+def detect_consistency(pairs: Pairs, options: DetectorOptions) -> list[Detection]:
+    """What goes beyond or against the source sentences that support it best; a small network on MiniLM."""
+    from services.evaluation.consistency.detector import detect_consistency as judge
+
+    return [
+        Detection(score=item.score, spans=item.spans, missing=None if item.score is not None else "no word to judge")
+        for item in judge(pairs, settings=options.settings)
+    ]
+
+
+DETECTORS: Mapping[str, Detector] = {
+    "lexical": detect_lexical,
+    "lookback": detect_lookback,
+    "consistency": detect_consistency,
+}
 
 
 def _checked(row: Mapping[str, Any], *, place: str) -> dict[str, Any]:

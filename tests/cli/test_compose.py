@@ -56,6 +56,7 @@ def test_dockerfile_copies_what_exists_and_drops_root(service):
             assert (REPOSITORY / source).exists(), source
     assert re.search(r"^USER smoothkd$", text, flags=re.MULTILINE)
     (extras,) = re.findall(r'pip install --no-cache-dir "\.\[(.+)\]"', text)
+    extras = extras.replace("${EXTRA}", "".join(re.findall(r"^ARG EXTRA=(.+)$", text, flags=re.MULTILINE)))
     assert set(extras.split(",")) <= set(_extras())
 
 

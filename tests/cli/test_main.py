@@ -13,7 +13,16 @@ from services.contract.states import State
 REPOSITORY = Path(__file__).parents[2]
 SMOOTHKD = [sys.executable, "-m", "services.cli.main"]
 COMMANDS = ("up", "demo", "doctor", "api", "teacher", "worker", "dashboard", "health", "fetch", "train", "evaluate")
-COMMANDS += ("detect", "sweep submit", "sweep list", "sweep show", "sweep cancel", "sweep watch", "lens train")
+COMMANDS += (
+    "detect",
+    "sweep submit",
+    "sweep list",
+    "sweep show",
+    "sweep cancel",
+    "sweep watch",
+    "lens train",
+    "lens eval",
+)
 
 
 def smoothkd(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -70,6 +79,22 @@ def test_an_absent_api_is_named_with_what_to_do():
     assert result.returncode == 3
     assert "http://127.0.0.1:9" in result.stderr
     assert "smoothkd up" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_setting_that_cannot_be_used_is_named():
+    result = smoothkd("doctor", SMOOTHKD_API_PORT="abc", SMOOTHKD_QUEUE_PORT="70000")
+    assert result.returncode == 2
+    assert "SMOOTHKD_API_PORT" in result.stderr
+    assert "SMOOTHKD_QUEUE_PORT" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_missing_package_is_named_with_its_extra(tmp_path):
+    (tmp_path / "rq.py").write_text("raise ModuleNotFoundError('No module named rq', name='rq')")
+    result = smoothkd("worker", PYTHONPATH=str(tmp_path))
+    assert result.returncode == 3
+    assert "smoothkd[store]" in result.stderr
     assert "Traceback" not in result.stderr
 
 

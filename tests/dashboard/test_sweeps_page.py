@@ -2,6 +2,8 @@
 
 import pytest
 
+from services.contract.shipped import shipped_sweep
+from services.contract.spec import expand, load_sweep
 from services.contract.states import State
 from tests.dashboard.pages import CANCELLED, FINISHED, RUNNING, button, html
 
@@ -55,7 +57,9 @@ def test_checking_stores_nothing(api, visit):
     app = visit("sweeps")
     button(app, "Check only").click().run()
     assert "holds together and would make 3 runs" in html(app)
-    assert "<td>KD alpha=0.1</td><td>2e-05</td><td>4</td><td>0</td>" in html(app)
+    run = expand(load_sweep(shipped_sweep("demo.yaml")))[1]
+    cells = (run.method, f"{run.learning_rate:g}", run.batch_size, run.seed)
+    assert "".join(f"<td>{cell}</td>" for cell in cells) in html(app)
     assert len(api.world.sweeps) == 3
 
 

@@ -58,5 +58,5 @@ def test_the_command_says_which_detectors_there_are(tmp_path):
         [*command, "--input", str(source), "--output", str(tmp_path / "out.jsonl")], capture_output=True, text=True
     )
     assert result.returncode == 2
-    assert "lexical, lookback" in result.stderr
+    assert "lexical, lookback, consistency" in result.stderr
     assert "Traceback" not in result.stderr

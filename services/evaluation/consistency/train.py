@@ -1,6 +1,6 @@
 """Trains the consistency model and measures it on documents it has not seen.
 
-    python -m services.evaluation.consistency.train --data ../shared/data --out DIR
+    python -m services.evaluation.consistency.train --data DIR --out DIR
 
 The recipe, in order; every random choice follows from ``--seed``:
 
