@@ -13,9 +13,12 @@ def mock(vocab_size: int) -> TeacherOptions:
 
 def test_requests_go_to_every_replica_in_turn():
     # Two different models, so that the answer says who gave it.
-    with running_teacher(mock(300)) as first, running_teacher(mock(301)) as second:
-        with TeacherClient(f"ipv4:{first},{second}") as client:
-            answers = [client._stub.GetTeacher(pb.GetTeacherRequest(), wait_for_ready=True).model for _ in range(20)]
+    with (
+        running_teacher(mock(300)) as first,
+        running_teacher(mock(301)) as second,
+        TeacherClient(f"ipv4:{first},{second}") as client,
+    ):
+        answers = [client._stub.GetTeacher(pb.GetTeacherRequest(), wait_for_ready=True).model for _ in range(20)]
     assert {"300", "301"} == set(answers[-10:])
 
 
