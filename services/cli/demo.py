@@ -41,7 +41,8 @@ def run_demo(settings: Settings, *, sweep_file: Path | None, leave: bool) -> int
             for run in runs:
                 if run.problem:
                     console.print(f"[red]{run.method}[/]: {run.problem.what}\n  {run.problem.fix}")
-        console.print(f"\n{(time.monotonic() - started) / 60:.1f} minutes. Case studies: {_page(settings, sweep.id)}")
+        minutes = (time.monotonic() - started) / 60
+        console.print(f"\n{minutes:.1f} minutes. Case studies: {_page(settings, sweep.id)}", soft_wrap=True)
         if not leave:
             console.print("Serving until Ctrl-C.")
             serve_until_stopped(supervisor)
