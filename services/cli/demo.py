@@ -31,9 +31,7 @@ def run_demo(settings: Settings, *, sweep_file: Path | None, leave: bool) -> int
     with running_platform(settings, model=model, engine="auto", workers=1) as supervisor:
         with sweep_views.client_of(settings) as api:
             sweep = api.submit_sweep(spec)
-            console.print(
-                f"\nsweep {sweep.id}: {len(spec.grid.alpha)} methods, watch it at {_page(settings, sweep.id)}\n"
-            )
+            console.print(f"\nsweep {sweep.id}: watch it at {_page(settings, sweep.id)}\n", soft_wrap=True)
             _follow(api, sweep.id, supervisor)
             runs = api.all_runs(sweep.id)
             status = 0 if all(run.state == State.SUCCEEDED for run in runs) else 1
