@@ -1,6 +1,7 @@
 """The teacher's process: one gRPC server around one engine."""
 
 import asyncio
+import errno
 import importlib.util
 import logging
 import signal
@@ -14,8 +15,8 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from services.contract.errors import InvalidInputError, MissingExtraError, PortInUseError
-from services.contract.hosts import is_loopback
+from services.contract.errors import MissingExtraError
+from services.contract.hosts import bind_error, is_loopback
 from services.contract.settings import Settings
 from services.contract.soft_labels import MAX_MESSAGE_BYTES
 from services.contract.teacher.v1 import teacher_service_pb2 as pb
@@ -223,18 +224,10 @@ def _why_not_bound(host: str, port: int) -> Exception:
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(target)
-    except PermissionError:
-        return InvalidInputError(f"port {port} may not be used", fix="Choose a port from 1024 on.")
     except OSError as error:
-        if error.errno != 98:
-            return InvalidInputError(
-                f"cannot listen on {host}:{port}: {error.strerror}", fix="Choose an address of this machine."
-            )
-    return PortInUseError(
-        f"another process listens on {host}:{port}",
-        fix="Stop it, or set SMOOTHKD_TEACHER_PORT to a free port.",
-        details={"host": host, "port": str(port)},
-    )
+        return bind_error(error, host=host, port=port, setting="SMOOTHKD_TEACHER_PORT")
+    in_use = OSError(errno.EADDRINUSE, "in use")
+    return bind_error(in_use, host=host, port=port, setting="SMOOTHKD_TEACHER_PORT")
 
 
 async def _set_health(servicer: Any, *, serving: bool) -> None:

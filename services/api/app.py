@@ -15,7 +15,7 @@ from services.api.evidence import make_ranking
 from services.api.preflight import TeacherProbe, probe_teacher
 from services.api.problems import UnknownErrors, answer_with_problems
 from services.api.routes import events, health, results, runs, sweeps
-from services.contract.errors import PortInUseError
+from services.contract.hosts import bind_error
 from services.contract.settings import Settings
 from services.store.queue import Queue
 from services.store.reconciler import Reconciler
@@ -97,7 +97,4 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family)
     except OSError as error:
-        raise PortInUseError(
-            f"cannot listen on {host}:{port}: {error.strerror}",
-            fix="Stop the process that uses the port, or choose another with SMOOTHKD_API_PORT.",
-        ) from None
+        raise bind_error(error, host=host, port=port, setting="SMOOTHKD_API_PORT") from None

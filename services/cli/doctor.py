@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 
 from services.cli import health
-from services.contract.errors import SmoothKDError
 from services.contract.settings import Settings
 
 REQUIRED = ("grpcio", "protobuf", "pydantic", "numpy", "typer")
@@ -85,13 +84,16 @@ def _store(settings: Settings) -> tuple[bool | None, str]:
     if url.startswith("sqlite:///") and not os.path.exists(url.removeprefix("sqlite:///")):
         return None, "SQLite, made by the first smoothkd up"
     try:
-        from services.store.store import Store
-
-        Store(url).close()
+        from sqlalchemy import create_engine, text
+        from sqlalchemy.exc import SQLAlchemyError
     except ImportError as error:
         return None, f"cannot be asked: {error}"
-    except SmoothKDError as error:
-        return False, error.what
+    try:
+        # Asking is enough: opening the store would migrate it.
+        with create_engine(url).connect() as connection:
+            connection.execute(text("SELECT 1"))
+    except (ImportError, SQLAlchemyError) as error:
+        return False, str(error).splitlines()[0]
     return True, url.split("@")[-1]
 
 
