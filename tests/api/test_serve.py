@@ -78,7 +78,7 @@ def test_a_taken_port_is_named(tmp_path: Path) -> None:
         with api_process(tmp_path, SMOOTHKD_API_PORT=str(port)) as (process, _):
             output, _ = process.communicate(timeout=WAIT)
     assert process.returncode == 3
-    assert f"error: cannot listen on 127.0.0.1:{port}" in output
+    assert f"error: another process listens on 127.0.0.1:{port}" in output
     assert "SMOOTHKD_API_PORT" in output
     assert list(tmp_path.iterdir()) == []
 
