@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import TaskID
 
 from services.cli import sweep_views
@@ -38,7 +39,7 @@ def run_demo(settings: Settings, *, sweep_file: Path | None, leave: bool) -> int
             console.print(sweep_views.summary_table(api.summary(sweep.id)))
             for run in runs:
                 if run.problem:
-                    console.print(f"[red]{run.method}[/]: {run.problem.what}\n  {run.problem.fix}")
+                    console.print(f"[red]{run.method}[/]: {escape(run.problem.what)}\n  {escape(run.problem.fix)}")
         minutes = (time.monotonic() - started) / 60
         console.print(f"\n{minutes:.1f} minutes. Case studies: {_page(settings, sweep.id)}", soft_wrap=True)
         if not leave:

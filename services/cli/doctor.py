@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from services.cli import health
@@ -41,7 +42,7 @@ def run_doctor(settings: Settings) -> int:
         table.add_row(f"[bold]{title}[/]")
         for name, good, text in rows:
             mark = {True: "[green]ok[/]", False: "[red]no[/]", None: "[dim]–[/]"}[good]
-            table.add_row(f"  {name}", mark, text)
+            table.add_row(f"  {name}", mark, escape(text))
             broken = broken or good is False
     Console().print(table)
     return 1 if broken else 0

@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -71,7 +72,7 @@ def show_sweep(api: ApiClient, sweep_id: str) -> None:
     """A sweep's runs, and its summary so far."""
     table = Table("run", "method", "lr", "batch", "seed", "state", "", box=None, pad_edge=False)
     for run in api.all_runs(sweep_id):
-        trouble = f"{run.problem.what} {run.problem.fix}" if run.problem else f"{run.progress:.0%}"
+        trouble = escape(f"{run.problem.what} {run.problem.fix}") if run.problem else f"{run.progress:.0%}"
         spec = run.spec
         table.add_row(
             *(run.id, run.method, f"{spec.learning_rate:g}", str(spec.batch_size), str(spec.seed)),
@@ -91,7 +92,7 @@ def watch(api: ApiClient, sweep_id: str) -> int:
     console.print(summary_table(api.summary(sweep_id)))
     for run in runs:
         if run.problem:
-            console.print(f"[red]{run.method}[/] ({run.id}): {run.problem.what}\n  {run.problem.fix}")
+            console.print(f"[red]{run.method}[/] ({run.id}): {escape(run.problem.what)}\n  {escape(run.problem.fix)}")
     return 0 if all(run.state == State.SUCCEEDED for run in runs) else 1
 
 
@@ -157,7 +158,7 @@ def _cell_text(cell: SummaryCell | None) -> str:
     if cell is None:
         return "–"
     if cell.mean is None:
-        return f"– ({cell.missing})" if cell.missing else "–"
+        return f"– ({escape(cell.missing)})" if cell.missing else "–"
     text = f"{cell.mean:.2f}" if cell.std is None else f"{cell.mean:.2f}±{cell.std:.2f}"
     return f"[bold green]{text}[/]" if cell.best else text
 

@@ -106,6 +106,15 @@ def test_doctor_says_what_is_there_and_what_is_not(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_doctor_names_the_extra_of_an_absent_package(monkeypatch, capsys, tmp_path):
+    from services.cli import doctor
+    from services.contract.settings import Settings
+
+    monkeypatch.setitem(doctor.OPTIONAL, "no-such-package", "api")
+    assert doctor.run_doctor(Settings(data_dir=tmp_path)) == 0
+    assert "smoothkd[api]" in capsys.readouterr().out
+
+
 def test_summary_table_marks_the_best_and_says_why_a_metric_is_missing():
     from rich.console import Console
 
