@@ -18,7 +18,8 @@ from pathlib import Path
 
 import httpx
 
-from services.contract.spec import SweepSpec, expand, parse_sweep
+from services.contract.spec import SweepSpec, expand
+from services.contract.spec_reading import parse_sweep
 from services.embedded import valkey_binary
 from services.store.store import Store
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import yaml
 
 from services.contract.errors import SpecError, TrainingError
-from services.contract.spec import RunSpec, load_run
+from services.contract.spec import RunSpec
+from services.contract.spec_reading import load_run
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,8 @@ from fastapi import Request
 
 from services.api.document import reference
 from services.contract.errors import LimitExceededError, SpecError, UnsupportedError
-from services.contract.spec import SweepSpec, parse_sweep, read_yaml
+from services.contract.spec import SweepSpec
+from services.contract.spec_reading import parse_sweep, read_yaml
 
 MAX_BODY_BYTES = 1 << 20
 JSON = ("application/json",)

@@ -13,7 +13,7 @@ from services.cli.up import dashboard_url, running_platform, serve_until_stopped
 from services.contract.api_client import ApiClient
 from services.contract.settings import Settings
 from services.contract.shipped import shipped_sweep
-from services.contract.spec import load_sweep
+from services.contract.spec_reading import load_sweep
 from services.contract.states import State
 
 console = Console()

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from services.contract.settings import Settings
-from services.contract.spec import EvaluationSpec, parse_evaluation
+from services.contract.spec import EvaluationSpec
+from services.contract.spec_reading import parse_evaluation
 
 
 def evaluate_model(

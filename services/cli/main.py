@@ -199,7 +199,7 @@ def train(
     out: Annotated[Path, typer.Option(help="Directory for checkpoints and the model.")],
 ) -> None:
     """Train one student. With alpha above 0 a teacher must be serving."""
-    from services.contract.spec import load_run
+    from services.contract.spec_reading import load_run
 
     spec = load_run(run)
     from student_trainer.train import train as train_student

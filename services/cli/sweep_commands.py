@@ -19,7 +19,7 @@ def submit(
 ) -> None:
     """Check a sweep, expand it to runs and queue them; prints its identifier."""
     from services.cli import sweep_views
-    from services.contract.spec import load_sweep
+    from services.contract.spec_reading import load_sweep
 
     spec = load_sweep(file)
     with sweep_views.client() as api:

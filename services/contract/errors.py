@@ -10,7 +10,9 @@
     ├── AuthenticationError          no API key, or a wrong one
     ├── NotFoundError                no such sweep, run, stage or artifact
     ├── ConflictError                the request contradicts what is stored
-    │   └── StaleAttemptError        a newer attempt holds the stage; this one must stop writing
+    │   ├── StaleAttemptError        a newer attempt holds the stage; this one must stop writing
+    │   └── StudentHeadMissingError  the teacher has no such student head (any more); send it
+    ├── OverloadedError              the server has too much to do; ask again later
     ├── TeacherError
     │   ├── TeacherUnavailableError  no teacher answers at the address
     │   ├── HandshakeError           teacher and student do not share tokenizer or vocabulary
@@ -122,6 +124,24 @@ class StaleAttemptError(ConflictError):
     """A newer attempt holds the stage, or the stage has ended; the caller must stop writing."""
 
     reason = "stale_attempt"
+
+
+class StudentHeadMissingError(ConflictError):
+    """The teacher does not hold the student's output head that projected labels need."""
+
+    reason = "student_head_missing"
+
+
+class OverloadedError(SmoothKDError):
+    """The server, or this client's share of it, is full; the same request will succeed later.
+
+    ``details["retry_after_seconds"]`` says when; it travels as google.rpc.RetryInfo too.
+    """
+
+    reason = "overloaded"
+    http_status = 429
+    grpc_code = "RESOURCE_EXHAUSTED"
+    exit_code = 3
 
 
 class TeacherError(SmoothKDError):

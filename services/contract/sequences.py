@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Encoding = Literal["exact", "top_k", "full"]
+Encoding = Literal["exact", "top_k", "full", "sampled", "projected"]
 FinishReason = Literal["stop", "length"]
 
 
@@ -22,14 +22,19 @@ class TokenSequence:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelOptions:
-    """How labels travel; ``k`` and ``temperature`` only count for ``top_k``.
+    """How labels travel.
 
-    The temperature of ``exact`` and ``full`` labels is applied by whoever receives them.
+    ``temperature`` counts for ``top_k``, ``sampled`` and ``projected`` labels; that of ``exact`` and ``full`` labels is
+    applied by whoever receives them. ``k`` goes with ``top_k``; ``draws`` per position and their ``seed`` with
+    ``sampled``; ``student_head``, the fingerprint of a head that the teacher was sent, with ``projected``.
     """
 
     encoding: Encoding = "exact"
     k: int = 0
     temperature: float = 1.0
+    draws: int = 0
+    seed: int = 0
+    student_head: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ Entry points build one ``Settings`` and pass it down; nothing reads the environm
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -46,8 +46,30 @@ class Settings(BaseSettings):
     teacher_host: str = "127.0.0.1"
     teacher_port: Port = 8442
     teacher_address: str = Field(
-        default="", description="gRPC target of the teacher; empty means teacher_host:teacher_port."
+        default="",
+        description="Where students find the teacher: host:port, several with commas between, or any gRPC target; "
+        "empty means teacher_host:teacher_port.",
     )
+    teacher_token: SecretStr | None = Field(
+        default=None, description="Bearer token of the teacher service, on both sides; required off loopback."
+    )
+    teacher_tls_certificate: Path | None = Field(
+        default=None, description="This side's certificate chain (PEM): the server's, or a student's own."
+    )
+    teacher_tls_key: Path | None = Field(default=None, description="Private key (PEM) of teacher_tls_certificate.")
+    teacher_tls_ca: Path | None = Field(
+        default=None,
+        description="Certificates (PEM) that the other side's must be signed by; on the server it demands them of "
+        "students (mutual TLS).",
+    )
+    teacher_metrics_port: Port | None = Field(default=None, description="Serve Prometheus metrics of the teacher here.")
+    label_cache_dir: Path | None = Field(
+        default=None, description="Soft labels that the teacher has computed; empty means data_dir/labels."
+    )
+    label_cache_gib: float = Field(
+        default=20.0, ge=0, description="Most disk space of the label cache; 0 keeps no labels."
+    )
+    log_format: Literal["text", "json"] = Field(default="text", description="How services log to stderr.")
 
     lease_seconds: float = Field(default=30.0, gt=0, description="A stage whose worker is silent this long is retried.")
     max_attempts: int = Field(default=3, ge=1, description="Attempts of a stage whose worker or process died.")
@@ -73,6 +95,10 @@ class Settings(BaseSettings):
     def runs_dir(self) -> Path:
         """One directory per run: checkpoints, the final model, logs."""
         return self.data_dir / "runs"
+
+    @property
+    def resolved_label_cache_dir(self) -> Path:
+        return self.label_cache_dir or self.data_dir / "labels"
 
     @property
     def models_dir(self) -> Path:

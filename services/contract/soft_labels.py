@@ -52,7 +52,34 @@ class FullLabels:
     logprobs_NV: Array
 
 
-SoftLabels = ExactLabels | TopKLabels | FullLabels
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SampledLabels:
+    """Draws with replacement from the distribution (random-sampling distillation, arXiv:2503.16870): counts divided by
+    their sum estimate it without bias, its tail included.
+
+    Ragged, M distinct tokens in all: position n has ``lengths_N[n]`` of them, after those of position n - 1.
+    ``ids_M`` int32, ascending within a position; ``counts_M`` uint8 or uint16; ``lengths_N`` uint16.
+    """
+
+    ids_M: Array
+    counts_M: Array
+    lengths_N: Array
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ProjectedLabels:
+    """The mean row of a student's output head under the teacher's distribution, W^T p, which is all of the labels that
+    the loss of a student with that head frozen depends on.
+
+    ``embedding_NS`` float16 or float32, S the student's hidden size; ``bias_N`` float32, the mean of the head's bias,
+    or None for a head without one.
+    """
+
+    embedding_NS: Array
+    bias_N: Array | None = None
+
+
+SoftLabels = ExactLabels | TopKLabels | FullLabels | SampledLabels | ProjectedLabels
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -174,6 +201,8 @@ WIRE_ENCODINGS: dict[Encoding, Any] = {
     "exact": pb.ENCODING_EXACT,
     "top_k": pb.ENCODING_TOP_K,
     "full": pb.ENCODING_FULL,
+    "sampled": pb.ENCODING_SAMPLED,
+    "projected": pb.ENCODING_PROJECTED,
 }
 """Each encoding's number on the wire."""
 
@@ -182,12 +211,14 @@ _DTYPES: dict[Any, np.dtype[Any]] = {
     pb.TENSOR_TYPE_FLOAT16: np.dtype("<f2"),
     pb.TENSOR_TYPE_BFLOAT16: np.dtype(ml_dtypes.bfloat16),
     pb.TENSOR_TYPE_INT32: np.dtype("<i4"),
+    pb.TENSOR_TYPE_UINT8: np.dtype("u1"),
+    pb.TENSOR_TYPE_UINT16: np.dtype("<u2"),
 }
 _TENSOR_TYPES = {dtype: number for number, dtype in _DTYPES.items()}
 
 
 def encode_tensor(array: Array) -> pb.Tensor:
-    """Float32, float16, bfloat16 and int32 arrays of any shape."""
+    """Arrays of any shape whose type has a wire type."""
     return pb.Tensor(dtype=tensor_type(array.dtype), shape=array.shape, data=array.tobytes())
 
 
@@ -215,5 +246,5 @@ def tensor_dtype(tensor_type: int) -> np.dtype[Any]:
 
 
 def tensor_type(dtype: np.dtype[Any]) -> Any:
-    """The wire type of a NumPy type out of float32, float16, bfloat16, int32."""
+    """The wire type of a NumPy type out of float32, float16, bfloat16, int32, uint8, uint16."""
     return _TENSOR_TYPES[dtype]

@@ -15,7 +15,8 @@ from fastapi import FastAPI
 from services.api.app import create_app
 from services.contract.api_client import ApiClient
 from services.contract.settings import Settings
-from services.contract.spec import SweepSpec, parse_sweep
+from services.contract.spec import SweepSpec
+from services.contract.spec_reading import parse_sweep
 from services.store.queue import Queue
 from services.store.store import Store
 from tests.api.teacher import serving

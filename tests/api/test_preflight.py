@@ -19,7 +19,8 @@ from services.contract.errors import (
     UnsupportedError,
 )
 from services.contract.settings import Settings
-from services.contract.spec import SweepSpec, parse_sweep
+from services.contract.spec import SweepSpec
+from services.contract.spec_reading import parse_sweep
 from services.contract.teacher.v1 import teacher_service_pb2 as wire
 from tests.api.teacher import TEACHER, serving
 

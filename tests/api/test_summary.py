@@ -8,7 +8,8 @@ import pytest
 
 from services.api.summary import case_studies, compared_runs, rank_items, summarise, unsupported_share
 from services.contract.records import Generation, RunRecord, Score, Span, StageRecord, SweepRecord
-from services.contract.spec import RunSpec, expand, parse_sweep
+from services.contract.spec import RunSpec, expand
+from services.contract.spec_reading import parse_sweep
 from services.contract.states import StageKind, State
 
 SWEEP = parse_sweep(

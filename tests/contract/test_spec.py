@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.contract.errors import SpecError
-from services.contract.spec import SweepSpec, expand, load_run, load_sweep, parse_run, parse_sweep
+from services.contract.spec import SweepSpec, expand
+from services.contract.spec_reading import load_run, load_sweep, parse_run, parse_sweep
 from services.contract.states import State, combined_state
 
 REPOSITORY = Path(__file__).parents[2]
@@ -56,7 +57,8 @@ def test_keys_depend_on_content_alone_and_not_on_the_process():
     renamed = parse_sweep({**SWEEP, "name": "another-name"})
     assert [run.key for run in expand(renamed)] == keys
     code = (
-        "import json, sys; from services.contract.spec import expand, parse_sweep; "
+        "import json, sys; from services.contract.spec import expand; "
+        "from services.contract.spec_reading import parse_sweep; "
         "print(*[run.key for run in expand(parse_sweep(json.load(sys.stdin)))])"
     )
     elsewhere = subprocess.run(

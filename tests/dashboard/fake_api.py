@@ -31,7 +31,8 @@ from services.contract.records import (
     SweepPlan,
     SweepRecord,
 )
-from services.contract.spec import SweepSpec, expand, parse_sweep
+from services.contract.spec import SweepSpec, expand
+from services.contract.spec_reading import parse_sweep
 from services.contract.states import State
 from tests.dashboard.seed import World, make_metrics, make_summary, paper_sized, populated
 from tests.dashboard.seed_studies import make_studies

@@ -18,7 +18,8 @@ from services.contract.records import (
     SummaryRow,
     SweepRecord,
 )
-from services.contract.spec import SweepSpec, expand, parse_sweep
+from services.contract.spec import SweepSpec, expand
+from services.contract.spec_reading import parse_sweep
 from services.contract.states import StageKind, State, combined_state
 from tests.dashboard.seed_studies import make_studies
 

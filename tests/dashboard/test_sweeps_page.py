@@ -3,7 +3,8 @@
 import pytest
 
 from services.contract.shipped import shipped_sweep
-from services.contract.spec import expand, load_sweep
+from services.contract.spec import expand
+from services.contract.spec_reading import load_sweep
 from services.contract.states import State
 from tests.dashboard.pages import CANCELLED, FINISHED, RUNNING, button, html
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from services.contract.settings import Settings
-from services.contract.spec import RunSpec, parse_run
+from services.contract.spec import RunSpec
+from services.contract.spec_reading import parse_run
 from services.models.tiny import make_tiny_model
 from teacher_server.server import TeacherOptions
 from tests.teacher.serving import running_teacher

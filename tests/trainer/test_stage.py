@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from services.contract.errors import DatasetError, StaleAttemptError
 from services.contract.prompt import encode_prompt
 from services.contract.settings import Settings
-from services.contract.spec import RunSpec, load_run, parse_sweep
+from services.contract.spec import RunSpec
+from services.contract.spec_reading import load_run, parse_sweep
 from services.contract.states import StageKind, State
 from services.models.tiny import make_tiny_model
 from services.store.store import Attempt, Store

@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from services.contract.records import MetricPoint
 from services.contract.settings import Settings
-from services.contract.spec import RunSpec, load_run
+from services.contract.spec import RunSpec
+from services.contract.spec_reading import load_run
 from services.datasets.reading import load_records
 from student_trainer.data import collate, encode_examples
 from student_trainer.train import train

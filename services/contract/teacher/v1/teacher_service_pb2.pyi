@@ -35,6 +35,8 @@ class _TensorTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TensorType
     TENSOR_TYPE_FLOAT16: _TensorType.ValueType  # 2
     TENSOR_TYPE_BFLOAT16: _TensorType.ValueType  # 3
     TENSOR_TYPE_INT32: _TensorType.ValueType  # 4
+    TENSOR_TYPE_UINT8: _TensorType.ValueType  # 5
+    TENSOR_TYPE_UINT16: _TensorType.ValueType  # 6
 
 class TensorType(_TensorType, metaclass=_TensorTypeEnumTypeWrapper): ...
 
@@ -43,6 +45,8 @@ TENSOR_TYPE_FLOAT32: TensorType.ValueType  # 1
 TENSOR_TYPE_FLOAT16: TensorType.ValueType  # 2
 TENSOR_TYPE_BFLOAT16: TensorType.ValueType  # 3
 TENSOR_TYPE_INT32: TensorType.ValueType  # 4
+TENSOR_TYPE_UINT8: TensorType.ValueType  # 5
+TENSOR_TYPE_UINT16: TensorType.ValueType  # 6
 Global___TensorType: _TypeAlias = TensorType  # noqa: Y015
 
 class _Encoding:
@@ -58,6 +62,10 @@ class _EncodingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Encoding.Val
     """The k likeliest tokens with the exact mass of all others."""
     ENCODING_FULL: _Encoding.ValueType  # 3
     """Log-probabilities of the whole vocabulary."""
+    ENCODING_SAMPLED: _Encoding.ValueType  # 4
+    """Tokens drawn from the distribution with replacement, and how often each: an unbiased estimate of it."""
+    ENCODING_PROJECTED: _Encoding.ValueType  # 5
+    """The mean of a student's output embeddings under the distribution, for students whose output head is frozen."""
 
 class Encoding(_Encoding, metaclass=_EncodingEnumTypeWrapper): ...
 
@@ -68,6 +76,10 @@ ENCODING_TOP_K: Encoding.ValueType  # 2
 """The k likeliest tokens with the exact mass of all others."""
 ENCODING_FULL: Encoding.ValueType  # 3
 """Log-probabilities of the whole vocabulary."""
+ENCODING_SAMPLED: Encoding.ValueType  # 4
+"""Tokens drawn from the distribution with replacement, and how often each: an unbiased estimate of it."""
+ENCODING_PROJECTED: Encoding.ValueType  # 5
+"""The mean of a student's output embeddings under the distribution, for students whose output head is frozen."""
 Global___Encoding: _TypeAlias = Encoding  # noqa: Y015
 
 class _FinishReason:
@@ -122,21 +134,35 @@ class LabelOptions(_message.Message):
     ENCODING_FIELD_NUMBER: _builtins.int
     K_FIELD_NUMBER: _builtins.int
     TEMPERATURE_FIELD_NUMBER: _builtins.int
+    DRAWS_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    STUDENT_HEAD_FIELD_NUMBER: _builtins.int
     encoding: Global___Encoding.ValueType
     k: _builtins.int
     """Tokens kept per position; only with ENCODING_TOP_K."""
     temperature: _builtins.float
-    """Applied to the teacher's logits before truncation; only with ENCODING_TOP_K. 0 means 1."""
+    """Applied to the teacher's logits before they are cut, drawn from or averaged; with ENCODING_TOP_K,
+    ENCODING_SAMPLED and ENCODING_PROJECTED. 0 means 1. Of exact and full labels the receiver applies it.
+    """
+    draws: _builtins.int
+    """Draws per position; only with ENCODING_SAMPLED."""
+    seed: _builtins.int
+    """Of the draws: the same seed, tokens and position give the same draws; only with ENCODING_SAMPLED."""
+    student_head: _builtins.str
+    """Fingerprint of a head that PutStudentHead has brought; only with ENCODING_PROJECTED."""
     def __init__(
         self,
         *,
         encoding: Global___Encoding.ValueType = ...,
         k: _builtins.int = ...,
         temperature: _builtins.float = ...,
+        draws: _builtins.int = ...,
+        seed: _builtins.int = ...,
+        student_head: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["encoding", b"encoding", "k", b"k", "temperature", b"temperature"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draws", b"draws", "encoding", b"encoding", "k", b"k", "seed", b"seed", "student_head", b"student_head", "temperature", b"temperature"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -206,6 +232,9 @@ class GetTeacherResponse(_message.Message):
     ENGINE_FIELD_NUMBER: _builtins.int
     GENERATES_FIELD_NUMBER: _builtins.int
     SPECIAL_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    MAX_DRAWS_FIELD_NUMBER: _builtins.int
+    LABEL_DTYPE_FIELD_NUMBER: _builtins.int
+    DETERMINISM_SPREAD_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     revision: _builtins.str
     fingerprint: _builtins.str
@@ -224,6 +253,14 @@ class GetTeacherResponse(_message.Message):
     """The engine that computes: transformers, mock, vllm."""
     generates: _builtins.bool
     """Whether GenerateSequences is offered."""
+    max_draws: _builtins.int
+    """Most draws of ENCODING_SAMPLED."""
+    label_dtype: Global___TensorType.ValueType
+    """The type in which exact labels travel."""
+    determinism_spread: _builtins.float
+    """Largest difference in nats between log-probabilities of the same tokens, scored several times at once among
+    others at start-up: what the make-up of batches does to labels. Labels from the cache do not differ at all.
+    """
     @_builtins.property
     def encodings(self) -> _containers.RepeatedScalarFieldContainer[Global___Encoding.ValueType]: ...
     @_builtins.property
@@ -249,10 +286,13 @@ class GetTeacherResponse(_message.Message):
         engine: _builtins.str = ...,
         generates: _builtins.bool = ...,
         special_token_ids: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        max_draws: _builtins.int = ...,
+        label_dtype: Global___TensorType.ValueType = ...,
+        determinism_spread: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["encodings", b"encodings", "engine", b"engine", "fingerprint", b"fingerprint", "generates", b"generates", "hidden_size", b"hidden_size", "max_k", b"max_k", "max_length", b"max_length", "max_sequences", b"max_sequences", "model", b"model", "probe_ids", b"probe_ids", "revision", b"revision", "special_token_ids", b"special_token_ids", "tokenizer_fingerprint", b"tokenizer_fingerprint", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["determinism_spread", b"determinism_spread", "encodings", b"encodings", "engine", b"engine", "fingerprint", b"fingerprint", "generates", b"generates", "hidden_size", b"hidden_size", "label_dtype", b"label_dtype", "max_draws", b"max_draws", "max_k", b"max_k", "max_length", b"max_length", "max_sequences", b"max_sequences", "model", b"model", "probe_ids", b"probe_ids", "revision", b"revision", "special_token_ids", b"special_token_ids", "tokenizer_fingerprint", b"tokenizer_fingerprint", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -464,9 +504,14 @@ class ScoreSequencesResponse(_message.Message):
     EXACT_FIELD_NUMBER: _builtins.int
     TOP_K_FIELD_NUMBER: _builtins.int
     FULL_FIELD_NUMBER: _builtins.int
+    SAMPLED_FIELD_NUMBER: _builtins.int
+    PROJECTED_FIELD_NUMBER: _builtins.int
+    FROM_CACHE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     sequence_hash: _builtins.bytes
     """SHA-256 over token ids then label positions, each a little-endian uint32, with the count of token ids before them."""
+    from_cache: _builtins.bool
+    """Whether the labels were computed for an earlier request."""
     @_builtins.property
     def token_logprobs(self) -> Global___Tensor:
         """Teacher's log-probability of the token at each label position at temperature 1: float32 [N]."""
@@ -477,6 +522,10 @@ class ScoreSequencesResponse(_message.Message):
     def top_k(self) -> Global___TopKLabels: ...
     @_builtins.property
     def full(self) -> Global___FullLabels: ...
+    @_builtins.property
+    def sampled(self) -> Global___SampledLabels: ...
+    @_builtins.property
+    def projected(self) -> Global___ProjectedLabels: ...
     def __init__(
         self,
         *,
@@ -486,12 +535,15 @@ class ScoreSequencesResponse(_message.Message):
         exact: Global___ExactLabels | None = ...,
         top_k: Global___TopKLabels | None = ...,
         full: Global___FullLabels | None = ...,
+        sampled: Global___SampledLabels | None = ...,
+        projected: Global___ProjectedLabels | None = ...,
+        from_cache: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["exact", b"exact", "full", b"full", "labels", b"labels", "token_logprobs", b"token_logprobs", "top_k", b"top_k"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["exact", b"exact", "full", b"full", "labels", b"labels", "projected", b"projected", "sampled", b"sampled", "token_logprobs", b"token_logprobs", "top_k", b"top_k"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["exact", b"exact", "full", b"full", "id", b"id", "labels", b"labels", "sequence_hash", b"sequence_hash", "token_logprobs", b"token_logprobs", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exact", b"exact", "from_cache", b"from_cache", "full", b"full", "id", b"id", "labels", b"labels", "projected", b"projected", "sampled", b"sampled", "sequence_hash", b"sequence_hash", "token_logprobs", b"token_logprobs", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_labels: _TypeAlias = _typing.Literal["exact", "top_k", "full"]  # noqa: Y015
+    _WhichOneofReturnType_labels: _TypeAlias = _typing.Literal["exact", "top_k", "full", "sampled", "projected"]  # noqa: Y015
     _WhichOneofArgType_labels: _TypeAlias = _typing.Literal["labels", b"labels"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_labels) -> _WhichOneofReturnType_labels | None: ...
 
@@ -574,6 +626,70 @@ class FullLabels(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FullLabels: _TypeAlias = FullLabels  # noqa: Y015
+
+@_typing.final
+class SampledLabels(_message.Message):
+    """Ragged: position n has lengths[n] distinct tokens, one position's after the other's."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IDS_FIELD_NUMBER: _builtins.int
+    COUNTS_FIELD_NUMBER: _builtins.int
+    LENGTHS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def ids(self) -> Global___Tensor:
+        """int32 [M], ascending within a position."""
+
+    @_builtins.property
+    def counts(self) -> Global___Tensor:
+        """uint8 or uint16 [M]; those of one position add up to the number of draws."""
+
+    @_builtins.property
+    def lengths(self) -> Global___Tensor:
+        """uint16 [N]."""
+
+    def __init__(
+        self,
+        *,
+        ids: Global___Tensor | None = ...,
+        counts: Global___Tensor | None = ...,
+        lengths: Global___Tensor | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "ids", b"ids", "lengths", b"lengths"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "ids", b"ids", "lengths", b"lengths"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SampledLabels: _TypeAlias = SampledLabels  # noqa: Y015
+
+@_typing.final
+class ProjectedLabels(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EMBEDDING_FIELD_NUMBER: _builtins.int
+    BIAS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def embedding(self) -> Global___Tensor:
+        """float16 or float32 [N, the student's hidden size]."""
+
+    @_builtins.property
+    def bias(self) -> Global___Tensor:
+        """float32 [N], the mean of the head's bias; absent for a head without one."""
+
+    def __init__(
+        self,
+        *,
+        embedding: Global___Tensor | None = ...,
+        bias: Global___Tensor | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "embedding", b"embedding"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "embedding", b"embedding"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProjectedLabels: _TypeAlias = ProjectedLabels  # noqa: Y015
 
 @_typing.final
 class GenerateSequencesRequest(_message.Message):
@@ -668,3 +784,126 @@ class GenerateSequencesResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GenerateSequencesResponse: _TypeAlias = GenerateSequencesResponse  # noqa: Y015
+
+@_typing.final
+class PutStudentHeadRequest(_message.Message):
+    """The header comes first, then the rows in order."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def header(self) -> Global___StudentHeadHeader: ...
+    @_builtins.property
+    def rows(self) -> Global___LmHeadRows: ...
+    def __init__(
+        self,
+        *,
+        header: Global___StudentHeadHeader | None = ...,
+        rows: Global___LmHeadRows | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["header", b"header", "part", b"part", "rows", b"rows"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["header", b"header", "part", b"part", "rows", b"rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "rows"]  # noqa: Y015
+    _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
+
+Global___PutStudentHeadRequest: _TypeAlias = PutStudentHeadRequest  # noqa: Y015
+
+@_typing.final
+class StudentHeadHeader(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    VOCAB_SIZE_FIELD_NUMBER: _builtins.int
+    HIDDEN_SIZE_FIELD_NUMBER: _builtins.int
+    HAS_BIAS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    fingerprint: _builtins.str
+    """SHA-256 in hex over the rows in order, weight then bias; checked on arrival."""
+    dtype: Global___TensorType.ValueType
+    vocab_size: _builtins.int
+    """The teacher's vocab_size: rows beyond it stay with the student."""
+    hidden_size: _builtins.int
+    has_bias: _builtins.bool
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        fingerprint: _builtins.str = ...,
+        dtype: Global___TensorType.ValueType = ...,
+        vocab_size: _builtins.int = ...,
+        hidden_size: _builtins.int = ...,
+        has_bias: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "fingerprint", b"fingerprint", "has_bias", b"has_bias", "hidden_size", b"hidden_size", "model", b"model", "vocab_size", b"vocab_size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StudentHeadHeader: _TypeAlias = StudentHeadHeader  # noqa: Y015
+
+@_typing.final
+class PutStudentHeadResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PutStudentHeadResponse: _TypeAlias = PutStudentHeadResponse  # noqa: Y015
+
+@_typing.final
+class LoadModelRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """A directory that the server can read: a whole checkpoint, or a LoRA adapter of the model it was started with.
+    Empty goes back to the model it was started with.
+    """
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoadModelRequest: _TypeAlias = LoadModelRequest  # noqa: Y015
+
+@_typing.final
+class LoadModelResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    fingerprint: _builtins.str
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        fingerprint: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoadModelResponse: _TypeAlias = LoadModelResponse  # noqa: Y015

@@ -54,6 +54,16 @@ class TeacherServiceStub:
                 request_serializer=services_dot_contract_dot_teacher_dot_v1_dot_teacher__service__pb2.GenerateSequencesRequest.SerializeToString,
                 response_deserializer=services_dot_contract_dot_teacher_dot_v1_dot_teacher__service__pb2.GenerateSequencesResponse.FromString,
                 _registered_method=True)
+        self.PutStudentHead = channel.stream_unary(
+                '/teacher.v1.TeacherService/PutStudentHead',
+                request_serializer=services_dot_contract_dot_teacher_dot_v1_dot_teacher__service__pb2.PutStudentHeadRequest.SerializeToString,
+                response_deserializer=services_dot_contract_dot_teacher_dot_v1_dot_teacher__service__pb2.PutStudentHeadResponse.FromString,
+                _registered_method=True)
+        self.LoadModel = channel.unary_unary(
+                '/teacher.v1.TeacherService/LoadModel',
+                request_serializer=services_dot_contract_dot_teacher_dot_v1_dot_teacher__service__pb2.LoadModelRequest.SerializeToString,
+                response_deserializer=services_dot_contract_dot_teacher_dot_v1_dot_teacher__service__pb2.LoadModelResponse.FromString,
+                _registered_method=True)
 
 
 class TeacherServiceServicer:
@@ -88,6 +98,20 @@ class TeacherServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PutStudentHead(self, request_iterator, context):
+        """A student's frozen output head, which ENCODING_PROJECTED needs; kept in memory while there is room for it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LoadModel(self, request, context):
+        """Serve other weights from now on, without a restart: a fine-tuned checkpoint or a LoRA adapter of the teacher.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TeacherServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -110,6 +134,16 @@ def add_TeacherServiceServicer_to_server(servicer, server):
                     servicer.GenerateSequences,
                     request_deserializer=services_dot_contract_dot_teacher_dot_v1_dot_teacher__service__pb2.GenerateSequencesRequest.FromString,
                     response_serializer=services_dot_contract_dot_teacher_dot_v1_dot_teacher__service__pb2.GenerateSequencesResponse.SerializeToString,
+            ),
+            'PutStudentHead': grpc.stream_unary_rpc_method_handler(
+                    servicer.PutStudentHead,
+                    request_deserializer=services_dot_contract_dot_teacher_dot_v1_dot_teacher__service__pb2.PutStudentHeadRequest.FromString,
+                    response_serializer=services_dot_contract_dot_teacher_dot_v1_dot_teacher__service__pb2.PutStudentHeadResponse.SerializeToString,
+            ),
+            'LoadModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadModel,
+                    request_deserializer=services_dot_contract_dot_teacher_dot_v1_dot_teacher__service__pb2.LoadModelRequest.FromString,
+                    response_serializer=services_dot_contract_dot_teacher_dot_v1_dot_teacher__service__pb2.LoadModelResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -220,6 +254,60 @@ class TeacherService:
             '/teacher.v1.TeacherService/GenerateSequences',
             services_dot_contract_dot_teacher_dot_v1_dot_teacher__service__pb2.GenerateSequencesRequest.SerializeToString,
             services_dot_contract_dot_teacher_dot_v1_dot_teacher__service__pb2.GenerateSequencesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PutStudentHead(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/teacher.v1.TeacherService/PutStudentHead',
+            services_dot_contract_dot_teacher_dot_v1_dot_teacher__service__pb2.PutStudentHeadRequest.SerializeToString,
+            services_dot_contract_dot_teacher_dot_v1_dot_teacher__service__pb2.PutStudentHeadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/teacher.v1.TeacherService/LoadModel',
+            services_dot_contract_dot_teacher_dot_v1_dot_teacher__service__pb2.LoadModelRequest.SerializeToString,
+            services_dot_contract_dot_teacher_dot_v1_dot_teacher__service__pb2.LoadModelResponse.FromString,
             options,
             channel_credentials,
             insecure,
