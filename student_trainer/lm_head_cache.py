@@ -15,8 +15,9 @@ import ml_dtypes
 import numpy as np
 
 from services.contract.errors import LabelMismatchError
+from services.contract.head_rows import HeadAssembly
 from services.contract.lm_head import LmHead
-from services.contract.soft_labels import Array, decode_tensor, tensor_dtype
+from services.contract.soft_labels import Array, tensor_dtype
 from services.contract.teacher.v1 import teacher_service_pb2 as pb
 
 
@@ -40,33 +41,28 @@ def cached_lm_head(
 
 
 def _assemble(parts: Iterable[pb.GetLmHeadResponse]) -> LmHead:
-    header: pb.LmHeadHeader | None = None
-    weight_VD = bias_V = np.empty(0)
-    rows = 0
-    for part in parts:
-        if part.WhichOneof("part") == "header":
-            header = part.header
-            dtype = tensor_dtype(header.dtype)
-            weight_VD = np.empty((header.vocab_size, header.hidden_size), dtype=dtype)
-            bias_V = np.empty(header.vocab_size if header.has_bias else 0, dtype=dtype)
-            continue
-        block_RD = decode_tensor(part.rows.weight)
-        if header is None or part.rows.first_row != rows or block_RD.shape[1:] != weight_VD.shape[1:]:
-            raise _incomplete("its rows came out of order")
-        if rows + len(block_RD) > len(weight_VD):
-            raise _incomplete(f"it has more than the {len(weight_VD)} rows it announced")
-        weight_VD[rows : rows + len(block_RD)] = block_RD
-        if header.has_bias:
-            bias_V[rows : rows + len(block_RD)] = decode_tensor(part.rows.bias)
-        rows += len(block_RD)
-    if header is None or rows != header.vocab_size:
-        raise _incomplete(f"only {rows} rows came")
-    return LmHead(
-        weight_VD=weight_VD,
-        bias_V=bias_V if header.has_bias else None,
-        logit_scale=header.logit_scale,
-        soft_cap=header.soft_cap,
-    )
+    header = pb.LmHeadHeader()
+    assembly: HeadAssembly | None = None
+    try:
+        for part in parts:
+            if part.WhichOneof("part") == "header":
+                header = part.header
+                assembly = HeadAssembly(
+                    vocab_size=header.vocab_size,
+                    hidden_size=header.hidden_size,
+                    dtype=tensor_dtype(header.dtype),
+                    has_bias=header.has_bias,
+                )
+            elif assembly is None:
+                raise _incomplete("its header is missing")
+            else:
+                assembly.add(part.rows)
+        if assembly is None:
+            raise _incomplete("nothing came")
+        weight_VD, bias_V = assembly.whole()
+    except ValueError as error:
+        raise _incomplete(str(error)) from None
+    return LmHead(weight_VD=weight_VD, bias_V=bias_V, logit_scale=header.logit_scale, soft_cap=header.soft_cap)
 
 
 def _incomplete(why: str) -> LabelMismatchError:

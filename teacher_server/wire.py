@@ -8,18 +8,24 @@ import ml_dtypes
 import numpy as np
 
 from services.contract.errors import TeacherError
+from services.contract.head_rows import head_rows
 from services.contract.lm_head import LmHead
-from services.contract.soft_labels import ExactLabels, ScoredSequence, encode_labels, encode_tensor, tensor_type
+from services.contract.soft_labels import (
+    ExactLabels,
+    ProjectedLabels,
+    ScoredSequence,
+    encode_labels,
+    tensor_type,
+)
 from services.contract.teacher.v1 import teacher_service_pb2 as pb
-
-_HEAD_MESSAGE_BYTES = 1024 * 1024
-"""Of weights per message: gRPC streams fastest between 0.25 and 1 MiB."""
 
 
 def encode_scored(scored: ScoredSequence, *, label_dtype: str) -> pb.ScoreSequencesResponse:
     """The reply for one sequence; TeacherError when its hidden states do not fit the type they travel in."""
     if isinstance(scored.labels, ExactLabels):
         scored = replace(scored, labels=as_label_dtype(scored.labels, label_dtype))
+    elif isinstance(scored.labels, ProjectedLabels):
+        scored = replace(scored, labels=_projected_as(scored.labels, label_dtype))
     return encode_labels(scored)
 
 
@@ -49,14 +55,26 @@ def encode_head(head: LmHead) -> Iterator[pb.GetLmHeadResponse]:
             soft_cap=head.soft_cap,
         )
     )
-    step = max(1, _HEAD_MESSAGE_BYTES // (width * dtype.itemsize))
-    for first in range(0, rows, step):
-        part = pb.LmHeadRows(first_row=first, weight=encode_tensor(head.weight_VD[first : first + step]))
-        if head.bias_V is not None:
-            part.bias.CopyFrom(encode_tensor(head.bias_V[first : first + step].astype(dtype, copy=False)))
+    for part in head_rows(head.weight_VD, head.bias_V):
         yield pb.GetLmHeadResponse(rows=part)
+
+
+def projected_dtype(label_dtype: str) -> str:
+    """Means of a head's rows need no range beyond the rows' own, so that float16 carries them best in 16 bits."""
+    return "float32" if label_dtype == "float32" else "float16"
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """float32, float16 or bfloat16."""
     return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+
+
+def _projected_as(labels: ProjectedLabels, label_dtype: str) -> ProjectedLabels:
+    with np.errstate(over="ignore"):
+        embedding_NS = labels.embedding_NS.astype(projected_dtype(label_dtype), copy=False)
+    if not np.isfinite(embedding_NS).all():
+        raise TeacherError(
+            "the projected labels are not finite in float16",
+            fix="Serve labels in float32 (--label-dtype float32), and check the student's output head.",
+        )
+    return replace(labels, embedding_NS=embedding_NS)

@@ -110,6 +110,14 @@ def encode_labels(scored: ScoredSequence) -> pb.ScoreSequencesResponse:
         message.top_k.ids.CopyFrom(encode_tensor(labels.ids_NK))
         message.top_k.logprobs.CopyFrom(encode_tensor(labels.logprobs_NK))
         message.top_k.tail_mass.CopyFrom(encode_tensor(labels.tail_mass_N))
+    elif isinstance(labels, SampledLabels):
+        message.sampled.ids.CopyFrom(encode_tensor(labels.ids_M))
+        message.sampled.counts.CopyFrom(encode_tensor(labels.counts_M))
+        message.sampled.lengths.CopyFrom(encode_tensor(labels.lengths_N))
+    elif isinstance(labels, ProjectedLabels):
+        message.projected.embedding.CopyFrom(encode_tensor(labels.embedding_NS))
+        if labels.bias_N is not None:
+            message.projected.bias.CopyFrom(encode_tensor(labels.bias_N))
     else:
         message.full.logprobs.CopyFrom(encode_tensor(labels.logprobs_NV))
     return message
@@ -120,37 +128,19 @@ def decode_labels(message: pb.ScoreSequencesResponse) -> ScoredSequence:
 
     Raises LabelMismatchError when a tensor is damaged, the arrays disagree about N, or a value is not finite.
     """
-    encoding = message.WhichOneof("labels")
-    labels: SoftLabels
-    if encoding == "exact":
-        labels = ExactLabels(hidden_ND=decode_tensor(message.exact.hidden))
-        columns = [labels.hidden_ND]
-    elif encoding == "top_k":
-        labels = TopKLabels(
-            ids_NK=decode_tensor(message.top_k.ids),
-            logprobs_NK=decode_tensor(message.top_k.logprobs),
-            tail_mass_N=decode_tensor(message.top_k.tail_mass),
-        )
-        columns = [labels.ids_NK, labels.logprobs_NK, labels.tail_mass_N]
-    elif encoding == "full":
-        labels = FullLabels(logprobs_NV=decode_tensor(message.full.logprobs))
-        columns = [labels.logprobs_NV]
-    else:
-        raise LabelMismatchError(
-            f"the answer for sequence {message.id!r} carries no labels",
-            fix="Teacher and student run different releases of smoothkd; update the older one.",
-        )
+    labels, columns = _decode_encoding(message)
     token_logprobs_N = decode_tensor(message.token_logprobs)
-    for column in [token_logprobs_N, *columns]:
-        if len(column) != len(token_logprobs_N):
+    positions = len(token_logprobs_N)
+    for column in (token_logprobs_N, *columns):
+        if len(column) != positions:
             raise LabelMismatchError(
                 f"the labels of sequence {message.id!r} disagree about the number of positions: "
-                f"{len(column)} against {len(token_logprobs_N)}",
+                f"{len(column)} against {positions}",
                 fix="The answer is damaged; restart the teacher.",
             )
         # A token of probability 0 has log-probability -inf; NaN is never right, and infinite states neither.
         with np.errstate(invalid="ignore"):
-            wrong = np.isnan(column) if encoding == "full" or encoding == "top_k" else ~np.isfinite(column)
+            wrong = np.isnan(column) if isinstance(labels, FullLabels | TopKLabels) else ~np.isfinite(column)
         if wrong.any():
             raise LabelMismatchError(
                 f"the labels of sequence {message.id!r} hold values that are not finite",
@@ -161,32 +151,63 @@ def decode_labels(message: pb.ScoreSequencesResponse) -> ScoredSequence:
     )
 
 
+def _decode_encoding(message: pb.ScoreSequencesResponse) -> tuple[SoftLabels, list[Array]]:
+    """The labels, and those of their arrays that have a row per position."""
+    encoding = message.WhichOneof("labels")
+    if encoding == "exact":
+        exact = ExactLabels(hidden_ND=decode_tensor(message.exact.hidden))
+        return exact, [exact.hidden_ND]
+    if encoding == "top_k":
+        top_k = TopKLabels(
+            ids_NK=decode_tensor(message.top_k.ids),
+            logprobs_NK=decode_tensor(message.top_k.logprobs),
+            tail_mass_N=decode_tensor(message.top_k.tail_mass),
+        )
+        return top_k, [top_k.ids_NK, top_k.logprobs_NK, top_k.tail_mass_N]
+    if encoding == "full":
+        full = FullLabels(logprobs_NV=decode_tensor(message.full.logprobs))
+        return full, [full.logprobs_NV]
+    if encoding == "sampled":
+        sampled = SampledLabels(
+            ids_M=decode_tensor(message.sampled.ids),
+            counts_M=decode_tensor(message.sampled.counts),
+            lengths_N=decode_tensor(message.sampled.lengths),
+        )
+        _check_ragged(sampled, sequence_id=message.id)
+        return sampled, [sampled.lengths_N]
+    if encoding == "projected":
+        has_bias = message.projected.HasField("bias")
+        projected = ProjectedLabels(
+            embedding_NS=decode_tensor(message.projected.embedding),
+            bias_N=decode_tensor(message.projected.bias) if has_bias else None,
+        )
+        return projected, [projected.embedding_NS] + ([] if projected.bias_N is None else [projected.bias_N])
+    raise LabelMismatchError(
+        f"the answer for sequence {message.id!r} carries no labels",
+        fix="Teacher and student run different releases of smoothkd; update the older one.",
+    )
+
+
+def _check_ragged(labels: SampledLabels, *, sequence_id: str) -> None:
+    arrays = (labels.ids_M, labels.counts_M, labels.lengths_N)
+    whole = all(array.ndim == 1 and array.dtype.kind in "iu" for array in arrays) and (
+        len(labels.ids_M) == len(labels.counts_M) == labels.lengths_N.sum(dtype=np.int64)
+    )
+    if not whole:
+        raise LabelMismatchError(
+            f"the sampled labels of sequence {sequence_id!r} disagree about the number of tokens: "
+            f"{labels.ids_M.size} ids, {labels.counts_M.size} counts, lengths that add up to "
+            f"{labels.lengths_N.sum(dtype=np.float64):g}",
+            fix="The answer is damaged; restart the teacher.",
+        )
+
+
 def hash_sequence(token_ids: Sequence[int], label_positions: Sequence[int]) -> bytes:
     """SHA-256 that ties labels to the tokens and positions they were computed for; both ends compute it."""
     digest = hashlib.sha256(np.uint32(len(token_ids)).tobytes())
     digest.update(np.asarray(token_ids, dtype="<u4").tobytes())
     digest.update(np.asarray(label_positions, dtype="<u4").tobytes())
     return digest.digest()
-
-
-def top_k_labels(logits_NV: Array, k: int, *, temperature: float = 1.0) -> TopKLabels:
-    """Top-k labels of float logits; ``k`` above V keeps the whole vocabulary.
-
-    The tail mass is summed from the tail itself, so that a tail of 1e-9 stays 1e-9 and is not lost in 1 - sum.
-    """
-    logprobs_NV = log_softmax(logits_NV, temperature=temperature)
-    vocab_size = logprobs_NV.shape[1]
-    k = min(k, vocab_size)
-    ids_NK = np.argpartition(-logprobs_NV, k - 1, axis=1)[:, :k]
-    order_NK = np.argsort(-np.take_along_axis(logprobs_NV, ids_NK, axis=1), axis=1, kind="stable")
-    ids_NK = np.take_along_axis(ids_NK, order_NK, axis=1)
-    tail_NV = np.exp(logprobs_NV)
-    np.put_along_axis(tail_NV, ids_NK, 0.0, axis=1)
-    return TopKLabels(
-        ids_NK=ids_NK.astype(np.int32),
-        logprobs_NK=np.take_along_axis(logprobs_NV, ids_NK, axis=1).astype(np.float16),
-        tail_mass_N=tail_NV.sum(axis=1).astype(np.float32),
-    )
 
 
 def log_softmax(logits_NV: Array, *, temperature: float = 1.0) -> Array:

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.contract.errors import LabelMismatchError
+from services.contract.reference_labels import top_k_labels
 from services.contract.soft_labels import (
     ExactLabels,
     FullLabels,
@@ -25,7 +26,6 @@ from services.contract.soft_labels import (
     encode_tensor,
     hash_sequence,
     log_softmax,
-    top_k_labels,
 )
 from services.contract.teacher.v1 import teacher_service_pb2 as pb
 

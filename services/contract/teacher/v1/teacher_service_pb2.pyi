@@ -825,7 +825,9 @@ class StudentHeadHeader(_message.Message):
     HAS_BIAS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     fingerprint: _builtins.str
-    """SHA-256 in hex over the rows in order, weight then bias; checked on arrival."""
+    """SHA-256 in hex over "DTYPE ROWS WIDTH HAS_BIAS " in NumPy's and Python's words ("float16 32000 2048 False "), the
+    weight's bytes, then the bias's; checked on arrival.
+    """
     dtype: Global___TensorType.ValueType
     vocab_size: _builtins.int
     """The teacher's vocab_size: rows beyond it stay with the student."""
