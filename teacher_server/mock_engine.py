@@ -14,6 +14,7 @@ import numpy as np
 
 from services.contract.errors import InvalidInputError
 from services.contract.lm_head import LmHead
+from services.contract.reference_labels import label_uniforms, projected_labels, sampled_labels, top_k_labels
 from services.contract.sequences import Continuation, DecodeOptions, LabelOptions, Prompt, TokenSequence
 from services.contract.soft_labels import (
     Array,
@@ -23,11 +24,11 @@ from services.contract.soft_labels import (
     SoftLabels,
     hash_sequence,
     log_softmax,
-    top_k_labels,
 )
 from teacher_server.batching import DecodeWatch
 from teacher_server.draws import draw_generator
 from teacher_server.engine import TeacherCard
+from teacher_server.student_heads import StudentHeads
 from teacher_server.tokenizer import bytes_tokenizer, from_directory
 
 HIDDEN_SIZE = 64
@@ -77,6 +78,7 @@ class MockModel:
             weights_dtype="float32",
         )
         self._seconds_per_sequence = seconds_per_sequence
+        self.student_heads: StudentHeads[LmHead] = StudentHeads(lambda head: head)
 
     def tokenize(self, text: str) -> list[int]:
         return self._tokenizer.encode(text)
@@ -133,6 +135,16 @@ class MockModel:
             labels = ExactLabels(hidden_ND=hidden_ND)
         elif options.encoding == "top_k":
             labels = top_k_labels(logits_NV, options.k, temperature=options.temperature)
+        elif options.encoding == "sampled":
+            uniforms_NM = label_uniforms(
+                options.seed, sequence.token_ids, sequence.label_positions, draws=options.draws
+            )
+            labels = sampled_labels(logits_NV, uniforms_NM, temperature=options.temperature)
+        elif options.encoding == "projected":
+            student_head = self.student_heads.get(options.student_head)
+            labels = projected_labels(
+                logits_NV, student_head.weight_VD, student_head.bias_V, temperature=options.temperature
+            )
         else:
             labels = FullLabels(logprobs_NV=logprobs_NV.astype(np.float16))
         return ScoredSequence(

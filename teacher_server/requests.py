@@ -16,8 +16,9 @@ from services.contract.errors import (
 from services.contract.sequences import DecodeOptions, Encoding, LabelOptions, Prompt, TokenSequence
 from services.contract.soft_labels import MAX_MESSAGE_BYTES, WIRE_ENCODINGS, Array
 from services.contract.teacher.v1 import teacher_service_pb2 as pb
-from teacher_server.engine import MAX_K, TeacherCard
+from teacher_server.engine import MAX_DRAWS, MAX_K, TeacherCard
 from teacher_server.sizes import label_bytes
+from teacher_server.student_heads import StudentHeads
 
 MAX_SEQUENCES = 1024
 MAX_ID_CHARACTERS = 200
@@ -56,14 +57,16 @@ def check_probe_texts(texts: Iterable[str]) -> None:
 
 
 def read_score_request(
-    request: pb.ScoreSequencesRequest, card: TeacherCard, *, state_bytes: int
+    request: pb.ScoreSequencesRequest, card: TeacherCard, *, student_heads: StudentHeads[Any], state_bytes: int
 ) -> tuple[list[TokenSequence], LabelOptions]:
     """The sequences and how to label them; the first mistake ends the whole request.
 
-    ``state_bytes``: of one component of a hidden state on the wire.
+    StudentHeadMissingError for projected labels whose head is not in ``student_heads``. ``state_bytes``: of one
+    component of a hidden state on the wire.
     """
     check_model(request.model, request.fingerprint, card)
     options = _read_label_options(request.options)
+    student_hidden_size = student_heads.width(options.student_head) if options.encoding == "projected" else 0
     _check_ids([sequence.id for sequence in request.sequences])
     sequences = []
     for message in request.sequences:
@@ -75,6 +78,7 @@ def read_score_request(
             positions=len(positions),
             vocab_size=card.vocab_size,
             hidden_size=card.hidden_size,
+            student_hidden_size=student_hidden_size,
             state_bytes=state_bytes,
         )
         if size > MAX_MESSAGE_BYTES - _ENVELOPE_BYTES:
@@ -130,22 +134,45 @@ def _read_label_options(message: pb.LabelOptions) -> LabelOptions:
             f"this teacher knows no encoding with the number {message.encoding}",
             fix=f"Ask for one of {', '.join(WIRE_ENCODINGS)}.",
         )
-    if encoding != "top_k":
-        if message.k or message.temperature not in (0.0, 1.0):
-            raise InvalidInputError(
-                f"k and temperature only go with top_k labels, not with {encoding}",
-                fix="Leave both out; the receiver of exact and full labels applies the temperature.",
-            )
-        return LabelOptions(encoding=encoding)
-    if not 1 <= message.k <= MAX_K:
-        error = InvalidInputError if message.k < 1 else LimitExceededError
-        raise error(f"k is {message.k}", fix=f"top_k labels keep 1 to {MAX_K} tokens.")
+    _check_what_goes_together(message, encoding)
     temperature = message.temperature or 1.0
     if not (math.isfinite(temperature) and temperature > 0):
         raise InvalidInputError(
             f"temperature {temperature} is not a number above 0", fix="1 leaves logits as they are."
         )
-    return LabelOptions(encoding=encoding, k=message.k, temperature=temperature)
+    if encoding == "top_k":
+        _check_count("k", message.k, most=MAX_K, fix=f"top_k labels keep 1 to {MAX_K} tokens.")
+    elif encoding == "sampled":
+        _check_count("draws", message.draws, most=MAX_DRAWS, fix=f"sampled labels take 1 to {MAX_DRAWS} draws.")
+    elif encoding == "projected" and not message.student_head:
+        raise InvalidInputError(
+            "projected labels need a student head", fix="Send it with PutStudentHead and name its fingerprint."
+        )
+    return LabelOptions(
+        encoding=encoding,
+        k=message.k,
+        temperature=temperature,
+        draws=message.draws,
+        seed=message.seed,
+        student_head=message.student_head,
+    )
+
+
+def _check_what_goes_together(message: pb.LabelOptions, encoding: Encoding) -> None:
+    if encoding in ("exact", "full") and message.temperature not in (0.0, 1.0):
+        raise InvalidInputError(
+            f"temperature does not go with {encoding} labels",
+            fix="Leave it out; the receiver of exact and full labels applies the temperature.",
+        )
+    for name, owner in (("k", "top_k"), ("draws", "sampled"), ("seed", "sampled"), ("student_head", "projected")):
+        if getattr(message, name) and encoding != owner:
+            raise InvalidInputError(f"{name} only goes with {owner} labels, not with {encoding}", fix="Leave it out.")
+
+
+def _check_count(name: str, value: int, *, most: int, fix: str) -> None:
+    if not 1 <= value <= most:
+        error = InvalidInputError if value < 1 else LimitExceededError
+        raise error(f"{name} is {value}", fix=fix)
 
 
 def _check_ids(ids: list[str]) -> None:

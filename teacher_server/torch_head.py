@@ -1,6 +1,7 @@
 """The output head on the teacher's device: hidden states at label positions become labels, a few rows at a time.
 
-Shape suffixes: N label positions, C rows of a chunk, D hidden size, V vocabulary, K kept tokens.
+Shape suffixes: N label positions, C rows of a chunk, D hidden size, V vocabulary, K kept tokens, M draws,
+S a student's hidden size.
 """
 
 from typing import Any
@@ -11,9 +12,20 @@ import torch
 
 from services.contract.errors import InvalidInputError, UnsupportedError
 from services.contract.lm_head import LmHead
-from services.contract.sequences import LabelOptions
-from services.contract.soft_labels import Array, ExactLabels, FullLabels, SoftLabels, TopKLabels
+from services.contract.reference_labels import count_draws, label_uniforms
+from services.contract.sequences import LabelOptions, TokenSequence
+from services.contract.soft_labels import (
+    Array,
+    ExactLabels,
+    FullLabels,
+    ProjectedLabels,
+    ScoredSequence,
+    SoftLabels,
+    TopKLabels,
+    hash_sequence,
+)
 from services.models.logit_shape import logit_scale, soft_cap
+from teacher_server.student_heads import StudentHeads
 
 _CHUNK_ELEMENTS = 2**24
 """Logits that exist at a time: 64 MiB in float32."""
@@ -44,6 +56,7 @@ class TorchHead:
         config = model.config.get_text_config().to_dict()
         self.logit_scale = logit_scale(config)
         self.soft_cap = soft_cap(config)
+        self.student_heads: StudentHeads[_StudentHead] = StudentHeads(self._place)
 
     def to_numpy(self) -> LmHead:
         """The wire form, in the model's own type."""
@@ -54,29 +67,61 @@ class TorchHead:
             soft_cap=self.soft_cap,
         )
 
-    def labels(
-        self, hidden_ND: torch.Tensor, *, token_ids_N: torch.Tensor, options: LabelOptions
+    def score(self, hidden_TD: torch.Tensor, sequence: TokenSequence, options: LabelOptions) -> ScoredSequence:
+        """The labels of a sequence from the hidden states of all its tokens, on any device.
+
+        StudentHeadMissingError when ``options`` name a student head that is not here.
+        """
+        # The state after token p - 1 predicts token p.
+        positions_N = torch.tensor(sequence.label_positions, dtype=torch.long, device=hidden_TD.device)
+        hidden_ND = hidden_TD[positions_N - 1].to(device=self.weight_VD.device, dtype=self.weight_VD.dtype)
+        token_logprobs_N, labels = self._labels(hidden_ND, sequence, options)
+        return ScoredSequence(
+            id=sequence.id,
+            sequence_hash=hash_sequence(sequence.token_ids, sequence.label_positions),
+            token_logprobs_N=token_logprobs_N,
+            labels=labels,
+        )
+
+    def _labels(
+        self, hidden_ND: torch.Tensor, sequence: TokenSequence, options: LabelOptions
     ) -> tuple[Array, SoftLabels]:
         """Log-probabilities of the actual tokens, float32 [N] at temperature 1, and the labels."""
+        device = hidden_ND.device
+        positions_N = np.asarray(sequence.label_positions, dtype=np.int64)
+        tokens_N = torch.from_numpy(np.asarray(sequence.token_ids, dtype=np.int64)[positions_N]).to(device)
+        uniforms_NM = torch.empty(0)
+        if options.encoding == "sampled":
+            drawn = label_uniforms(options.seed, sequence.token_ids, sequence.label_positions, draws=options.draws)
+            uniforms_NM = torch.from_numpy(drawn).to(device)
+        head = self.student_heads.get(options.student_head) if options.encoding == "projected" else None
         chunk = max(1, _CHUNK_ELEMENTS // len(self.weight_VD))
         token_logprobs: list[torch.Tensor] = []
         parts: list[tuple[torch.Tensor, ...]] = []
         # At least one chunk, so that a sequence without label positions has arrays of the right width.
         for start in range(0, max(1, len(hidden_ND)), chunk):
-            logits_CV = self.logits(hidden_ND[start : start + chunk])
-            tokens_C = token_ids_N[start : start + chunk]
-            chosen_C = logits_CV.gather(1, tokens_C[:, None])[:, 0]
+            rows = slice(start, start + chunk)
+            logits_CV = self.logits(hidden_ND[rows])
+            chosen_C = logits_CV.gather(1, tokens_N[rows, None])[:, 0]
             token_logprobs.append(chosen_C - logits_CV.logsumexp(dim=1))
             if options.encoding == "top_k":
                 parts.append(_top_k(logits_CV, options))
             elif options.encoding == "full":
                 parts.append((logits_CV.log_softmax(dim=1).half(),))
+            elif options.encoding == "sampled":
+                parts.append((_draw(logits_CV, uniforms_NM[rows], options),))
+            elif head is not None:
+                parts.append(head.means(_probabilities(logits_CV, options).float()))
         logprobs_N = to_numpy(torch.cat(token_logprobs))
         if options.encoding == "exact":
             return logprobs_N, ExactLabels(hidden_ND=to_numpy(hidden_ND))
         columns = [to_numpy(torch.cat(column)) for column in zip(*parts, strict=True)]
         if options.encoding == "full":
             return logprobs_N, FullLabels(logprobs_NV=columns[0])
+        if options.encoding == "sampled":
+            return logprobs_N, count_draws(columns[0])
+        if options.encoding == "projected":
+            return logprobs_N, ProjectedLabels(embedding_NS=columns[0], bias_N=columns[1] if len(columns) > 1 else None)
         return logprobs_N, TopKLabels(ids_NK=columns[0], logprobs_NK=columns[1], tail_mass_N=columns[2])
 
     def logits(self, hidden_CD: torch.Tensor) -> torch.Tensor:
@@ -95,6 +140,30 @@ class TorchHead:
             logits_CV = self.soft_cap * torch.tanh(logits_CV / self.soft_cap)
         return logits_CV
 
+    def _place(self, head: LmHead) -> "_StudentHead":
+        device = self.weight_VD.device
+        return _StudentHead(
+            _from_numpy(head.weight_VD).to(device),
+            None if head.bias_V is None else _from_numpy(head.bias_V).to(device, torch.float32),
+        )
+
+
+class _StudentHead:
+    """A student's head on the teacher's device, in the type it came in."""
+
+    def __init__(self, weight_VS: torch.Tensor, bias_V: torch.Tensor | None) -> None:
+        self._weight_VS = weight_VS
+        self._bias_V = bias_V
+
+    def means(self, probs_CV: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Mean row [C, S], and mean bias [C] where there is one, in float32."""
+        mean_CS = probs_CV.new_zeros(len(probs_CV), self._weight_VS.shape[1])
+        start = 0
+        for block in self._weight_VS.split(_BLOCK_ROWS):
+            mean_CS.addmm_(probs_CV[:, start : start + len(block)], block.float())
+            start += len(block)
+        return (mean_CS,) if self._bias_V is None else (mean_CS, probs_CV @ self._bias_V)
+
 
 def to_numpy(tensor: torch.Tensor) -> Array:
     """A NumPy array of the same type, bfloat16 included."""
@@ -110,3 +179,19 @@ def _top_k(logits_CV: torch.Tensor, options: LabelOptions) -> tuple[torch.Tensor
     kept = logprobs_CV.topk(min(options.k, logprobs_CV.shape[1]), dim=1)
     tail_mass_C = logprobs_CV.exp().scatter(1, kept.indices, 0.0).sum(dim=1)
     return kept.indices.int(), kept.values.half(), tail_mass_C.float()
+
+
+def _from_numpy(array: Array) -> torch.Tensor:
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def _probabilities(logits_CV: torch.Tensor, options: LabelOptions) -> torch.Tensor:
+    return (logits_CV.double() / options.temperature).softmax(dim=1)
+
+
+def _draw(logits_CV: torch.Tensor, uniforms_CM: torch.Tensor, options: LabelOptions) -> torch.Tensor:
+    """See ``reference_labels.sampled_labels``."""
+    cumulative_CV = _probabilities(logits_CV, options).cumsum(dim=1)
+    return torch.searchsorted(cumulative_CV, uniforms_CM * cumulative_CV[:, -1:], right=True).int()
