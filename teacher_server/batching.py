@@ -1,30 +1,27 @@
-"""One queue for everything that clients ask of a model that computes in batches.
+"""One worker thread around a model that computes in batches, for everything that is asked of it at the same time.
 
-Each request is a lane. One worker thread takes a batch from the lanes, a different lane first each time, so that
-no client waits for another's whole request; sequences of like length share a batch, so that little is padded. While
-a batch decodes, waiting score batches run between its steps.
+The job that has waited longest leads each batch, and those of like length join it, so that nobody waits for ever and
+little is padded. While a batch decodes, waiting score batches run between its steps.
 """
 
 import asyncio
 import logging
 import threading
-from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 from services.contract.errors import SmoothKDError, TeacherUnavailableError
 from services.contract.lm_head import LmHead
 from services.contract.sequences import Continuation, DecodeOptions, LabelOptions, Prompt, TokenSequence
 from services.contract.soft_labels import Array, ScoredSequence
-from teacher_server.engine import TeacherCard
-from teacher_server.sizes import label_bytes
+from teacher_server.engine import Capacity, TeacherCard
+from teacher_server.student_heads import StudentHeads
 
 logger = logging.getLogger(__name__)
 
-UNREAD_BYTES = 16 * 1024 * 1024
-"""Labels of one request that may wait for a slow reader before the request is computed no further."""
+BATCHES_AHEAD = 4
+"""Batches' worth of work that an engine is given at a time: enough to find sequences of like length in."""
 
 _LEAST_USEFUL = 0.75
 """Share of a score batch that must be real tokens rather than padding."""
@@ -50,6 +47,9 @@ class BatchModel(Protocol):
     max_batch_tokens: int
     max_batch_sequences: int
 
+    @property
+    def student_heads(self) -> StudentHeads[Any]: ...
+
     def tokenize(self, text: str) -> list[int]: ...
 
     def reference_logits(self, token_ids: Sequence[int]) -> Array: ...
@@ -64,11 +64,23 @@ class BatchingEngine:
 
     def __init__(self, model: BatchModel) -> None:
         self._model = model
-        self._lanes: deque[_Lane] = deque()
+        self._waiting: list[_Job] = []
+        self._computing: list[_Job] = []
         self._changed = threading.Condition()
         self._closed = False
         self._worker = threading.Thread(target=self._work, name="teacher-engine", daemon=True)
         self._worker.start()
+
+    @property
+    def score_capacity(self) -> Capacity:
+        return Capacity(
+            sequences=BATCHES_AHEAD * self._model.max_batch_sequences,
+            tokens=BATCHES_AHEAD * self._model.max_batch_tokens,
+        )
+
+    @property
+    def decode_capacity(self) -> Capacity:
+        return self.score_capacity
 
     def describe(self) -> TeacherCard:
         return self._model.card
@@ -76,177 +88,142 @@ class BatchingEngine:
     def lm_head(self) -> LmHead:
         return self._model.head
 
+    @property
+    def student_heads(self) -> StudentHeads[Any]:
+        return self._model.student_heads
+
     def tokenize(self, text: str) -> list[int]:
         return self._model.tokenize(text)
 
     def reference_logits(self, token_ids: Sequence[int]) -> Array:
         return self._model.reference_logits(token_ids)
 
-    async def score(
-        self, sequences: Sequence[TokenSequence], options: LabelOptions
-    ) -> AsyncGenerator[ScoredSequence, None]:
-        card = self._model.card
-        jobs = [
-            _Job(
-                item=sequence,
-                options=options,
-                length=len(sequence.token_ids),
-                result_bytes=label_bytes(
-                    options,
-                    positions=len(sequence.label_positions),
-                    vocab_size=card.vocab_size,
-                    hidden_size=card.hidden_size,
-                ),
-            )
-            for sequence in sequences
-        ]
-        async with aclosing(self._results(jobs, decode=None)) as results:
-            async for result in results:
-                yield result
+    async def score(self, sequence: TokenSequence, options: LabelOptions) -> ScoredSequence:
+        scored: ScoredSequence = await self._result(_Job(sequence, options, length=len(sequence.token_ids)))
+        return scored
 
-    async def generate(self, prompts: Sequence[Prompt], options: DecodeOptions) -> AsyncGenerator[Continuation, None]:
-        jobs = [
-            _Job(item=prompt, options=options, length=len(prompt.token_ids) + options.max_new_tokens, result_bytes=0)
-            for prompt in prompts
-        ]
-        async with aclosing(self._results(jobs, decode=options)) as results:
-            async for result in results:
-                yield result
+    async def generate(self, prompt: Prompt, options: DecodeOptions) -> Continuation:
+        length = len(prompt.token_ids) + options.max_new_tokens
+        continuation: Continuation = await self._result(_Job(prompt, options, length=length))
+        return continuation
 
     def close(self) -> None:
         with self._changed:
             self._closed = True
-            for lane in self._lanes:
-                lane.deliver_error(_stopped())
+            for job in [*self._waiting, *self._computing]:
+                job.fail(_stopped())
             self._changed.notify_all()
 
-    async def _results(self, jobs: "list[_Job]", *, decode: DecodeOptions | None) -> AsyncGenerator[Any, None]:
-        lane = _Lane(jobs, decode=decode)
+    async def _result(self, job: "_Job") -> Any:
         with self._changed:
             if self._closed:
                 raise _stopped()
-            self._lanes.append(lane)
+            self._waiting.append(job)
             self._changed.notify_all()
         try:
-            for _ in jobs:
-                job, result = await lane.arrival()
-                yield result
-                with self._changed:
-                    lane.unread_bytes -= job.result_bytes
-                    self._changed.notify_all()
+            return await job.outcome
         finally:
             with self._changed:
-                lane.closed = True
-                lane.waiting.clear()
-                self._lanes.remove(lane)
+                job.ended = True
+                if job in self._waiting:
+                    self._waiting.remove(job)
 
     def _work(self) -> None:
         while True:
             with self._changed:
-                while not self._closed and not (batch := self._take_batch(scores_only=False)):
+                while not self._closed and not self._waiting:
                     self._changed.wait()
                 if self._closed:
                     return
+                batch = self._take_batch(self._waiting)
             self._carry_out(batch)
 
-    def _take_batch(self, *, scores_only: bool) -> "list[_Job]":
-        """The next batch, or nothing; the lock is held."""
-        ready = [lane for lane in self._lanes if lane.may_compute() and not (scores_only and lane.decode)]
-        if not ready:
-            return []
-        first = ready[0]
-        # The lane that comes first now comes last next time.
-        self._lanes.remove(first)
-        self._lanes.append(first)
-        batch = _Batch(
-            first.take(),
-            max_tokens=self._model.max_batch_tokens,
-            max_sequences=self._model.max_batch_sequences,
-        )
-        sharing = [lane for lane in ready if lane.decode == first.decode]
-        while sharing:
-            sharing = [lane for lane in sharing if lane.may_compute() and batch.admits(lane.waiting[0])]
-            for lane in sharing:
-                if lane.may_compute() and batch.admits(lane.waiting[0]):
-                    batch.jobs.append(lane.take())
+    def _take_batch(self, candidates: "list[_Job]") -> "list[_Job]":
+        """The longest waiting of ``candidates`` and what goes well with it; the lock is held."""
+        first = candidates[0]
+        batch = _Batch(first, max_tokens=self._model.max_batch_tokens, max_sequences=self._model.max_batch_sequences)
+        alike = [job for job in candidates[1:] if job.shares_batches_with(first)]
+        for job in sorted(alike, key=lambda job: abs(job.length - first.length)):
+            if batch.admits(job):
+                batch.jobs.append(job)
+        for job in batch.jobs:
+            self._waiting.remove(job)
+        self._computing.extend(batch.jobs)
         return batch.jobs
 
     def _carry_out(self, batch: "list[_Job]") -> None:
         try:
-            decode = batch[0].lane.decode
-            if decode is None:
-                scored = self._model.score([(job.item, job.options) for job in batch])
-                for job, labels in zip(batch, scored, strict=True):
-                    job.lane.deliver(job, labels)
-            else:
-                watch = _Watch(batch, between_steps=self._score_one_batch)
-                self._model.generate([job.item for job in batch], decode, watch)
+            self._compute_or_divide(batch)
+        finally:
+            with self._changed:
+                for job in batch:
+                    self._computing.remove(job)
+
+    def _compute_or_divide(self, batch: "list[_Job]") -> None:
+        """A batch that fails is computed one by one, so that whatever made it fail concerns nobody else."""
+        batch = [job for job in batch if not job.ended]
+        try:
+            self._compute(batch)
         except Exception as error:
-            if not isinstance(error, SmoothKDError):
-                logger.exception("a batch of %d sequences failed", len(batch))
-            for lane in {id(job.lane): job.lane for job in batch}.values():
-                lane.deliver_error(error)
+            if len(batch) > 1:
+                logger.warning("a batch of %d failed (%s) and is computed one by one", len(batch), error)
+                for job in batch:
+                    self._compute_or_divide([job])
+            elif batch:
+                if not isinstance(error, SmoothKDError):
+                    logger.exception("a sequence failed")
+                batch[0].fail(error)
+
+    def _compute(self, batch: "list[_Job]") -> None:
+        if not batch:
+            return
+        if batch[0].decodes:
+            watch = _Watch(batch, between_steps=self._score_one_batch)
+            self._model.generate([job.item for job in batch], batch[0].options, watch)
+        else:
+            scored = self._model.score([(job.item, job.options) for job in batch])
+            for job, labels in zip(batch, scored, strict=True):
+                job.finish(labels)
 
     def _score_one_batch(self) -> None:
         with self._changed:
-            batch = [] if self._closed else self._take_batch(scores_only=True)
-        if batch:
-            self._carry_out(batch)
+            scores = [] if self._closed else [job for job in self._waiting if not job.decodes]
+            batch = self._take_batch(scores) if scores else []
+        self._carry_out(batch)
 
 
-@dataclass(kw_only=True, eq=False)
 class _Job:
-    """One sequence or prompt; ``length`` in tokens counts what it occupies in a batch."""
+    """One sequence or prompt; ``length`` in tokens counts what it occupies in a batch.
 
-    item: Any
-    options: Any
-    length: int
-    result_bytes: int
-    lane: Any = None
+    ``ended``: it has its outcome, or nobody waits for it any more.
+    """
 
-
-class _Lane:
-    """One request. ``decode``: the options all its prompts share; None for a score request."""
-
-    def __init__(self, jobs: list[_Job], *, decode: DecodeOptions | None) -> None:
-        # Longest first: what needs most memory shows at once, and neighbours have like lengths.
-        self.waiting = deque(sorted(jobs, key=lambda job: job.length, reverse=True))
-        for job in jobs:
-            job.lane = self
-        self.decode = decode
-        self.closed = False
-        self.unread_bytes = 0
+    def __init__(self, item: Any, options: Any, *, length: int) -> None:
+        self.item = item
+        self.options = options
+        self.length = length
+        self.ended = False
         self._loop = asyncio.get_running_loop()
-        self._arrivals: asyncio.Queue[tuple[_Job | None, Any]] = asyncio.Queue()
+        self.outcome: asyncio.Future[Any] = self._loop.create_future()
 
-    def may_compute(self) -> bool:
-        if self.closed or not self.waiting:
-            return False
-        return self.unread_bytes == 0 or self.unread_bytes + self.waiting[0].result_bytes <= UNREAD_BYTES
+    @property
+    def decodes(self) -> bool:
+        return isinstance(self.options, DecodeOptions)
 
-    def take(self) -> _Job:
-        job = self.waiting.popleft()
-        self.unread_bytes += job.result_bytes
-        return job
+    def shares_batches_with(self, other: "_Job") -> bool:
+        return self.options == other.options if self.decodes else not other.decodes
 
-    def deliver(self, job: _Job, result: Any) -> None:
-        self._send((job, result))
+    def finish(self, result: Any) -> None:
+        self._settle(lambda: self.outcome.set_result(result))
 
-    def deliver_error(self, error: Exception) -> None:
-        self._send((None, error))
+    def fail(self, error: Exception) -> None:
+        self._settle(lambda: self.outcome.set_exception(error))
 
-    async def arrival(self) -> tuple[_Job, Any]:
-        job, result = await self._arrivals.get()
-        if job is None:
-            raise result
-        return job, result
-
-    def _send(self, arrival: tuple[_Job | None, Any]) -> None:
-        try:
-            self._loop.call_soon_threadsafe(self._arrivals.put_nowait, arrival)
-        except RuntimeError:
-            # The loop has ended, and with it everybody who could read.
-            self.closed = True
+    def _settle(self, settle: Callable[[], None]) -> None:
+        self.ended = True
+        # RuntimeError: the loop has ended, and with it everybody who could read.
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(lambda: None if self.outcome.done() else settle())
 
 
 class _Batch:
@@ -261,7 +238,7 @@ class _Batch:
         if len(lengths) > self._max_sequences or padded > self._max_tokens:
             return False
         # Prompts are padded for the first step only.
-        return job.lane.decode is not None or sum(lengths) >= _LEAST_USEFUL * padded
+        return job.decodes or sum(lengths) >= _LEAST_USEFUL * padded
 
 
 class _Watch:
@@ -270,11 +247,10 @@ class _Watch:
         self.after_step = between_steps
 
     def finish(self, index: int, continuation: Continuation) -> None:
-        job = self._batch[index]
-        job.lane.deliver(job, continuation)
+        self._batch[index].finish(continuation)
 
     def is_cancelled(self, index: int) -> bool:
-        return bool(self._batch[index].lane.closed)
+        return self._batch[index].ended
 
 
 def _stopped() -> TeacherUnavailableError:

@@ -1,15 +1,18 @@
 """What the server asks of an engine, and what an engine tells about its model. Engines differ in what computes."""
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from services.contract.lm_head import LmHead
 from services.contract.sequences import Continuation, DecodeOptions, LabelOptions, Prompt, TokenSequence
 from services.contract.soft_labels import Array, ScoredSequence
+from teacher_server.student_heads import StudentHeads
 
 MAX_K = 1024
 """Largest k of top-k labels."""
+MAX_DRAWS = 1024
+"""Most draws per position of sampled labels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,16 +38,37 @@ class TeacherCard:
     weights_dtype: str
 
 
-class Engine(Protocol):
-    """A teacher that computes. Requests reach it validated; many are under way at once and share its batches.
+@dataclass(frozen=True, kw_only=True)
+class Capacity:
+    """How much an engine can use at a time: what it computes and what it chooses its next batches from.
 
-    Closing an iterator (``aclose``) frees what it still had to compute.
+    ``tokens`` of a sequence are its own; of a prompt its own and those it may be continued by.
     """
+
+    sequences: int
+    tokens: int
+
+
+class Engine(Protocol):
+    """A teacher that computes, one sequence or prompt per call.
+
+    Calls reach it validated; many are awaited at once, and which of them share a batch is the engine's business.
+    Cancelling the awaiting task frees the work: what waits is dropped, a decode stops at its next step. An error of
+    one call concerns that call alone.
+    """
+
+    score_capacity: Capacity
+    decode_capacity: Capacity
 
     def describe(self) -> TeacherCard: ...
 
     def lm_head(self) -> LmHead:
         """The output head without padding rows, in the model's own type."""
+        ...
+
+    @property
+    def student_heads(self) -> StudentHeads[Any]:
+        """The students' heads that projected labels need."""
         ...
 
     def tokenize(self, text: str) -> list[int]:
@@ -55,12 +79,12 @@ class Engine(Protocol):
         """The model's own logits after each token, [T, vocab_size], by another way than ``score`` takes. Blocks."""
         ...
 
-    def score(self, sequences: Sequence[TokenSequence], options: LabelOptions) -> AsyncGenerator[ScoredSequence, None]:
-        """Labels as they come; exact ones in the precision in which they were computed."""
+    async def score(self, sequence: TokenSequence, options: LabelOptions) -> ScoredSequence:
+        """Labels of one sequence; exact ones in the precision in which they were computed."""
         ...
 
-    def generate(self, prompts: Sequence[Prompt], options: DecodeOptions) -> AsyncGenerator[Continuation, None]:
-        """Continuations as each finishes."""
+    async def generate(self, prompt: Prompt, options: DecodeOptions) -> Continuation:
+        """The continuation of one prompt."""
         ...
 
     def close(self) -> None:
