@@ -3,9 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DATA ?= ../shared/data
+BENCHMARKS ?= codec label_cache slow_readers concurrent_students teacher_labels api_sweep lookback_overhead
+MINUTES ?= 10
+ENGINE ?= transformers
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup setup-vllm demo test lint format proto validate-detectors bench clean
+.PHONY: help setup setup-vllm demo test lint format proto validate-detectors bench soak clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -53,8 +56,11 @@ validate-detectors: setup  ## Compare the detectors with people's labels; about 
 	$(BIN)/python -m services.evaluation.validation --data $(DATA) --held-out .smoothkd/consistency \
 		--lookback xsumfaith --cache .smoothkd/lens-cache
 
-bench: setup  ## Measure speed and memory as ratios
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+bench: setup setup-vllm  ## Measure speed and memory as ratios, half an hour; BENCHMARKS="codec label_cache" for some
+	@for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name || exit 1; done
+
+soak: setup  ## Load two teacher replicas for MINUTES=10 while one is killed again and again; ENGINE=vllm for vLLM
+	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES) --engine $(ENGINE)
 
 clean:  ## Remove the environment, caches and everything the platform has stored here
 	rm -rf $(VENV) .venv-vllm .smoothkd dist build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

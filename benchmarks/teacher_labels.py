@@ -21,12 +21,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import orjson
+import psutil
 from transformers import AutoTokenizer
 
 from benchmarks.report import report
@@ -58,7 +60,7 @@ def main() -> None:
     model = model_directory()
     with ExitStack() as stack:
         # Without a cache: what is measured is computing.
-        address, _ = stack.enter_context(
+        address, teacher_id = stack.enter_context(
             teacher_process(
                 *("--model", str(model), "--engine", "vllm", "--max-length", str(MAX_LENGTH)),
                 python=VLLM_PYTHON,
@@ -68,35 +70,52 @@ def main() -> None:
         client = stack.enter_context(TeacherClient(address))
         direct = stack.enter_context(vllm_in_memory(model))
         http = stack.enter_context(openai_server(model))
-        ways: dict[str, Callable[[Sequence[TokenSequence]], None]] = {
-            "smoothkd, exact, gRPC": lambda sequences: ask_teacher(client, sequences, LabelOptions()),
-            f"smoothkd, top-{K}, gRPC": lambda sequences: ask_teacher(
-                client, sequences, LabelOptions(encoding="top_k", k=K)
-            ),
-            f"vLLM prompt_logprobs={K}, flat, in memory": direct,
-            f"vLLM OpenAI server, prompt_logprobs={K}, JSON": http,
-        }
+        top_k = LabelOptions(encoding="top_k", k=K)
+        ways = [
+            Way("smoothkd, exact, gRPC", teacher_id, lambda sequences: ask_teacher(client, sequences, LabelOptions())),
+            Way(f"smoothkd, top-{K}, gRPC", teacher_id, lambda sequences: ask_teacher(client, sequences, top_k)),
+            direct,
+            http,
+        ]
         for name, sequences in (("256", fixed_length(model)), ("records", records(model))):
             measure(name, sequences, ways)
 
 
-def measure(workload: str, sequences: list[TokenSequence], ways: dict[str, Any]) -> None:
+@dataclass(frozen=True)
+class Way:
+    """A way to get labels; ``process_id`` is the server's."""
+
+    name: str
+    process_id: int
+    ask: Callable[[Sequence[TokenSequence]], None]
+
+    def cpu_seconds(self) -> float:
+        """Processor time of the server with all its processes, and of this client, so far."""
+        server = psutil.Process(self.process_id)
+        times = [process.cpu_times() for process in (server, *server.children(recursive=True))]
+        return time.process_time() + float(sum(spent.user + spent.system for spent in times))
+
+
+def measure(workload: str, sequences: list[TokenSequence], ways: Sequence[Way]) -> None:
     """Median over alternating rounds, after one that warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    seconds: dict[str, list[float]] = {way.name: [] for way in ways}
+    cpu_seconds: dict[str, list[float]] = {way.name: [] for way in ways}
     for round_number in range(ROUNDS + 1):
-        for name, ask in ways.items():
-            started = time.perf_counter()
-            ask(sequences)
+        for way in ways:
+            started, spent = time.perf_counter(), way.cpu_seconds()
+            way.ask(sequences)
             if round_number:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[way.name].append(time.perf_counter() - started)
+                cpu_seconds[way.name].append(way.cpu_seconds() - spent)
     tokens = sum(len(sequence.token_ids) for sequence in sequences)
     labels = sum(len(sequence.label_positions) for sequence in sequences)
-    ours = statistics.median(seconds["smoothkd, exact, gRPC"])
+    ours = statistics.median(seconds[ways[0].name])
     rows = [
         {
             "way": name,
             "tokens/s": tokens / statistics.median(times),
             "exact is faster by": statistics.median(times) / ours,
+            "CPU s per 1,000 tokens": 1000 * statistics.median(cpu_seconds[name]) / tokens,
         }
         for name, times in seconds.items()
     ]
@@ -148,7 +167,7 @@ def ask_teacher(client: TeacherClient, sequences: Sequence[TokenSequence], optio
 
 
 @contextmanager
-def vllm_in_memory(model: Path) -> Iterator[Callable[[Sequence[TokenSequence]], None]]:
+def vllm_in_memory(model: Path) -> Iterator[Way]:
     """vLLM's generate runner in a process of its own; its time is taken inside, without the pipe."""
     process = subprocess.Popen(
         [VLLM_PYTHON, "-m", "benchmarks.vllm_prompt_logprobs", str(model), str(MAX_LENGTH)],
@@ -176,14 +195,16 @@ def vllm_in_memory(model: Path) -> Iterator[Callable[[Sequence[TokenSequence]], 
 
     try:
         answer()
-        yield ask
+        yield Way(f"vLLM prompt_logprobs={K}, flat, in memory", process.pid, ask)
     finally:
-        process.terminate()
+        # The end of its input lets it stop vLLM's own processes; a signal would orphan them.
+        assert process.stdin is not None
+        process.stdin.close()
         process.wait(60)
 
 
 @contextmanager
-def openai_server(model: Path) -> Iterator[Callable[[Sequence[TokenSequence]], None]]:
+def openai_server(model: Path) -> Iterator[Way]:
     """``vllm serve``, asked by as many connections as there are sequences."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
@@ -200,7 +221,7 @@ def openai_server(model: Path) -> Iterator[Callable[[Sequence[TokenSequence]], N
             return False
 
     with (
-        running(command, environment=VLLM_ON_CPU, is_up=is_up),
+        running(command, environment=VLLM_ON_CPU, is_up=is_up) as process_id,
         httpx.Client(base_url=url, timeout=600, limits=httpx.Limits(max_connections=64)) as http,
     ):
         lock = threading.Lock()
@@ -217,7 +238,7 @@ def openai_server(model: Path) -> Iterator[Callable[[Sequence[TokenSequence]], N
             with ThreadPoolExecutor(len(sequences)) as threads:
                 list(threads.map(one, sequences))
 
-        yield ask
+        yield Way(f"vLLM OpenAI server, prompt_logprobs={K}, JSON", process_id, ask)
 
 
 def parse(answer: bytes) -> tuple[list[Any], list[Any]]:
