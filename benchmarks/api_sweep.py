@@ -18,6 +18,7 @@ from pathlib import Path
 
 import httpx
 
+from benchmarks.report import report
 from services.contract.spec import SweepSpec, expand
 from services.contract.spec_reading import parse_sweep
 from services.embedded import valkey_binary
@@ -47,9 +48,15 @@ def main() -> None:
         with api_process(Path(folder)) as url, httpx.Client(base_url=url, timeout=60) as http:
             posted = measure_posts(http, spec)
             sweeps = count_after_concurrent_posts(http, spec)
-    print(f"POST of 1,000 runs: {posted:.3f} s, {posted / TARGET_SECONDS:.2f}x the target of {TARGET_SECONDS:g} s")
-    print(f"the store alone: {bare:.3f} s; HTTP, checks and answer cost {posted / bare:.2f}x of that in all")
-    print(f"200 concurrent POSTs with one Idempotency-Key: {sweeps} sweep")
+    rows = [
+        {
+            "POST of 1,000 runs, s": posted,
+            "share of the target": posted / TARGET_SECONDS,
+            "times the store alone": posted / bare,
+            "sweeps after 200 concurrent POSTs with one key": sweeps,
+        }
+    ]
+    report("api_sweep", title=f"a sweep of 1,000 runs, target {TARGET_SECONDS:g} s", rows=rows)
 
 
 def measure_store(spec: SweepSpec, path: Path) -> float:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.report import report
 from services.contract.settings import Settings
 from services.evaluation.lookback.features import load_lens_model
 from services.evaluation.lookback.measure import Prompt, generate_measured, measure_padded
@@ -29,6 +30,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     model: Any = load_lens_model(options.model, settings=Settings()).model
+    rows = []
     for batch_size in options.batch_sizes:
         prompts = make_prompts(model, batch_size, options.prompt_tokens)
         new_tokens = options.new_tokens
@@ -37,12 +39,13 @@ def main() -> None:
             partial(generate_measured, model, prompts, max_new_tokens=new_tokens, pad_id=0, end_ids=[]),
             repeats=options.repeats,
         )
-        report(f"decoding, batch {batch_size}", plain, measured)
+        rows.append(row(f"decoding, batch {batch_size}", plain, measured))
         pairs = [(prompt, prompt.ids[:new_tokens]) for prompt in prompts]
         plain, measured = compare(
             partial(read, model, pairs), partial(measure_padded, model, pairs), repeats=options.repeats
         )
-        report(f"teacher-forced, batch {batch_size}", plain, measured)
+        rows.append(row(f"teacher-forced, batch {batch_size}", plain, measured))
+    report("lookback_overhead", title=f"decoding with lookback ratios, target {TARGET:g}x", rows=rows)
 
 
 def make_prompts(model: Any, batch_size: int, tokens: int) -> list[Prompt]:
@@ -102,10 +105,16 @@ def timed(action: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def report(name: str, plain: list[float], measured: list[float]) -> None:
+def row(name: str, plain: list[float], measured: list[float]) -> dict[str, Any]:
+    """Medians of both and their ratio."""
     ratio = statistics.median(measured) / statistics.median(plain)
-    verdict = "within" if ratio <= TARGET else "ABOVE"
-    print(f"{name}: {ratio:.2f}x of {statistics.median(plain):.2f} s plain, {verdict} the target of {TARGET:g}x")
+    return {
+        "what": name,
+        "plain, s": statistics.median(plain),
+        "measured, s": statistics.median(measured),
+        "ratio": ratio,
+        "share of the target": ratio / TARGET,
+    }
 
 
 if __name__ == "__main__":
