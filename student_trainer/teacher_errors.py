@@ -1,6 +1,6 @@
 """From gRPC's errors to the error tree."""
 
-from typing import cast
+from typing import Any, cast
 
 import grpc
 from google.rpc import error_details_pb2
@@ -43,15 +43,29 @@ def is_worth_another_try(error: grpc.RpcError, *, progressed: bool) -> bool:
     return progressed and code is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
+def seconds_told_to_wait(error: grpc.RpcError) -> float | None:
+    """When a teacher that is overloaded wants to be asked again; None for every other failure."""
+    for detail in _details(error):
+        info = error_details_pb2.RetryInfo()
+        if detail.Unpack(info):
+            return float(info.retry_delay.ToTimedelta().total_seconds())
+    return None
+
+
 def _told_by_server(error: grpc.RpcError) -> SmoothKDError | None:
-    try:
-        status = rpc_status.from_call(cast(grpc.Call, error))
-    except ValueError:
-        return None
-    for detail in status.details if status is not None else ():
+    for detail in _details(error):
         info = error_details_pb2.ErrorInfo()
         if detail.Unpack(info) and info.domain == "smoothkd":
             details = dict(info.metadata)
             fix = details.pop("fix", "")
-            return error_class(info.reason)(status.message, fix=fix, details=details)
+            return error_class(info.reason)(str(error.details()), fix=fix, details=details)
     return None
+
+
+def _details(error: grpc.RpcError) -> list[Any]:
+    """Of the google.rpc.Status that came with the error; empty where none did."""
+    try:
+        status = rpc_status.from_call(cast(grpc.Call, error))
+    except ValueError:
+        return []
+    return list(status.details) if status is not None else []

@@ -1,4 +1,4 @@
-"""The error tree as gRPC carries it: google.rpc.Status with an ErrorInfo."""
+"""The error tree as gRPC carries it: google.rpc.Status with an ErrorInfo and, where it helps, RetryInfo."""
 
 import logging
 from collections.abc import AsyncIterator
@@ -6,11 +6,11 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc.aio
-from google.protobuf import any_pb2
+from google.protobuf import any_pb2, duration_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from services.contract.errors import SmoothKDError
+from services.contract.errors import OverloadedError, SmoothKDError
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +38,24 @@ async def translated_errors(context: Any) -> AsyncIterator[None]:
 
 
 def to_status(error: SmoothKDError) -> status_pb2.Status:
-    """The message is what happened; ErrorInfo's metadata holds what to do (``fix``) and the particulars."""
+    """The message is what happened; ErrorInfo's metadata holds what to do (``fix``) and the particulars.
+
+    OverloadedError comes with google.rpc.RetryInfo.
+    """
     metadata = {key: value[:_MOST_CHARACTERS] for key, value in {**error.details, "fix": error.fix}.items()}
-    detail = any_pb2.Any()
-    detail.Pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata))
+    details: list[Any] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata)]
+    if isinstance(error, OverloadedError):
+        delay = duration_pb2.Duration()
+        delay.FromMilliseconds(round(1000 * float(error.details.get("retry_after_seconds", "1"))))
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     return status_pb2.Status(
-        code=code_pb2.Code.Value(error.grpc_code), message=error.what[:_MOST_CHARACTERS], details=[detail]
+        code=code_pb2.Code.Value(error.grpc_code),
+        message=error.what[:_MOST_CHARACTERS],
+        details=[_packed(detail) for detail in details],
     )
+
+
+def _packed(detail: Any) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(detail)
+    return packed

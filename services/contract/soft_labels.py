@@ -25,6 +25,10 @@ MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 """Largest gRPC message either end accepts: one sequence of exact labels, 8192 positions of 4096 bf16 values."""
 
 
+MAX_REQUEST_BYTES = 4 * 1024 * 1024
+"""Largest gRPC message a teacher accepts: 1024 sequences of 800 tokens, most of them labelled. Clients send several."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ExactLabels:
     """Final hidden states, float32, float16 or bfloat16; the teacher's head turns them into all logits."""
