@@ -1,6 +1,7 @@
 """Do soft labels belong to the tokens they were asked for?
 
-Shape suffixes: N label positions, K kept tokens, D the teacher's hidden size, V its vocabulary.
+Shape suffixes: N label positions, K kept tokens, D the teacher's hidden size, S the student's, V their vocabulary, M
+positions looked at, or of sampled labels all their distinct tokens.
 """
 
 import numpy as np
@@ -12,12 +13,15 @@ from services.contract.soft_labels import (
     Array,
     ExactLabels,
     FullLabels,
+    ProjectedLabels,
+    SampledLabels,
     ScoredSequence,
     SoftLabels,
     TopKLabels,
     hash_sequence,
     log_softmax,
 )
+from student_trainer.student_head import StudentHead
 
 FLOAT_TOLERANCE = 2e-3
 """Nats by which two float32 computations of one log-probability may differ, on any hardware."""
@@ -28,9 +32,17 @@ _FIX = "The teacher's labels are misaligned; training on them would teach noise.
 
 
 def check_scored(
-    scored: ScoredSequence, sequence: TokenSequence, *, options: LabelOptions, vocab_size: int, hidden_size: int
+    scored: ScoredSequence,
+    sequence: TokenSequence,
+    *,
+    options: LabelOptions,
+    vocab_size: int,
+    hidden_size: int,
+    student_head: StudentHead | None = None,
 ) -> None:
-    """LabelMismatchError unless hash, number of positions, encoding and widths are those asked for."""
+    """LabelMismatchError unless hash, number of positions, encoding and widths are those asked for, tokens lie in the
+    vocabulary, draws are as many as asked for, and projected labels are within the bounds of ``student_head``.
+    """
     expected_hash = hash_sequence(sequence.token_ids, sequence.label_positions)
     if scored.sequence_hash != expected_hash:
         raise LabelMismatchError(
@@ -39,18 +51,27 @@ def check_scored(
             fix=_FIX,
         )
     positions = len(sequence.label_positions)
-    shapes = _expected_shapes(options, positions=positions, vocab_size=vocab_size, hidden_size=hidden_size)
+    shapes = {"token_logprobs": (positions,)}
+    if options.encoding == "projected":
+        assert student_head is not None, "the client asked for labels that are means of its head's rows"
+        shapes["embedding"] = (positions, student_head.head.weight_VD.shape[1])
+        if student_head.head.bias_V is not None:
+            shapes["bias"] = (positions,)
+    else:
+        shapes |= _expected_shapes(options, positions=positions, vocab_size=vocab_size, hidden_size=hidden_size)
     found = {"token_logprobs": scored.token_logprobs_N.shape, **_shapes(scored.labels)}
     if found != shapes:
         raise LabelMismatchError(
             f"the labels of sequence {sequence.id!r} have the shapes {found} instead of {shapes}", fix=_FIX
         )
-    if isinstance(scored.labels, TopKLabels) and positions:
-        ids_NK = scored.labels.ids_NK
-        if ids_NK.min() < 0 or ids_NK.max() >= vocab_size:
-            raise LabelMismatchError(
-                f"the labels of sequence {sequence.id!r} hold token ids outside 0 to {vocab_size - 1}", fix=_FIX
-            )
+    labels = scored.labels
+    if isinstance(labels, TopKLabels):
+        _check_vocabulary(labels.ids_NK, sequence, vocab_size=vocab_size)
+    elif isinstance(labels, SampledLabels):
+        _check_vocabulary(labels.ids_M, sequence, vocab_size=vocab_size)
+        _check_draws(labels, sequence, draws=options.draws)
+    elif isinstance(labels, ProjectedLabels) and student_head is not None:
+        _check_means(labels, sequence, head=student_head)
 
 
 def verify_token_logprobs(
@@ -66,7 +87,8 @@ def verify_token_logprobs(
     Returns the largest difference in nats over at most ``max_positions`` evenly spread positions.
     LabelMismatchError beyond the tolerance: FLOAT_TOLERANCE plus what the rounding of the labels explains (for exact
     labels six standard deviations of the rounding noise on a logit, for float16 log-probabilities their last place).
-    Exact labels need the teacher's ``head``. Top-k labels at a ``temperature`` other than 1 cannot be compared: 0.
+    Exact labels need the teacher's ``head``. Nothing can be compared with sampled and projected labels, or with top-k
+    labels at a ``temperature`` other than 1: 0.
     """
     positions = len(sequence.label_positions)
     if positions == 0:
@@ -83,7 +105,7 @@ def verify_token_logprobs(
     elif isinstance(labels, FullLabels):
         recomputed_M = labels.logprobs_NV[chosen_M, tokens_M].astype(np.float64)
         difference_M, tolerance_M = np.abs(told_M - recomputed_M), _float16_tolerance(told_M)
-    elif temperature == 1.0:
+    elif isinstance(labels, TopKLabels) and temperature == 1.0:
         difference_M, tolerance_M = _against_top_k(labels, chosen_M, tokens_M, told_M), _float16_tolerance(told_M)
     else:
         return 0.0
@@ -126,18 +148,49 @@ def _against_top_k(labels: TopKLabels, chosen_M: Array, tokens_M: Array, told_M:
     return np.asarray(np.where(hit_MK.any(axis=1), np.abs(told_M - kept_M), beyond_M))
 
 
+def _check_vocabulary(ids: Array, sequence: TokenSequence, *, vocab_size: int) -> None:
+    if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
+        raise LabelMismatchError(
+            f"the labels of sequence {sequence.id!r} hold token ids outside 0 to {vocab_size - 1}", fix=_FIX
+        )
+
+
+def _check_draws(labels: SampledLabels, sequence: TokenSequence, *, draws: int) -> None:
+    whole = bool(labels.lengths_N.all())
+    if whole and len(labels.lengths_N):
+        ends_N = labels.lengths_N.cumsum(dtype=np.int64)
+        drawn_N = np.diff(labels.counts_M.cumsum(dtype=np.int64)[ends_N - 1], prepend=0)
+        # Tokens of one position ascend; only where a position begins may the next one be smaller.
+        descends = np.diff(labels.ids_M) <= 0
+        descends[ends_N[:-1] - 1] = False
+        whole = bool((drawn_N == draws).all() and labels.counts_M.all() and not descends.any())
+    if not whole:
+        raise LabelMismatchError(
+            f"the labels of sequence {sequence.id!r} are not {draws} draws per position, each token once", fix=_FIX
+        )
+
+
+def _check_means(labels: ProjectedLabels, sequence: TokenSequence, *, head: StudentHead) -> None:
+    """No component of a mean is beyond the least and the most that any row of the head has."""
+    slack_S = 2 * _ROUNDING["float16"] * np.maximum(np.abs(head.least_S), np.abs(head.most_S)) + 1e-6
+    embedding_NS = labels.embedding_NS.astype(np.float32)
+    if ((embedding_NS < head.least_S - slack_S) | (embedding_NS > head.most_S + slack_S)).any():
+        raise LabelMismatchError(
+            f"the labels of sequence {sequence.id!r} are no means of the rows of the student's head", fix=_FIX
+        )
+
+
 def _expected_shapes(
     options: LabelOptions, *, positions: int, vocab_size: int, hidden_size: int
 ) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {"token_logprobs": (positions,)}
     if options.encoding == "exact":
-        shapes["hidden"] = (positions, hidden_size)
-    elif options.encoding == "full":
-        shapes["logprobs"] = (positions, vocab_size)
-    else:
-        kept = min(options.k, vocab_size)
-        shapes |= {"ids": (positions, kept), "logprobs": (positions, kept), "tail_mass": (positions,)}
-    return shapes
+        return {"hidden": (positions, hidden_size)}
+    if options.encoding == "full":
+        return {"logprobs": (positions, vocab_size)}
+    if options.encoding == "sampled":
+        return {"lengths": (positions,)}
+    kept = min(options.k, vocab_size)
+    return {"ids": (positions, kept), "logprobs": (positions, kept), "tail_mass": (positions,)}
 
 
 def _shapes(labels: SoftLabels) -> dict[str, tuple[int, ...]]:
@@ -145,4 +198,9 @@ def _shapes(labels: SoftLabels) -> dict[str, tuple[int, ...]]:
         return {"hidden": labels.hidden_ND.shape}
     if isinstance(labels, FullLabels):
         return {"logprobs": labels.logprobs_NV.shape}
+    if isinstance(labels, SampledLabels):
+        return {"lengths": labels.lengths_N.shape}
+    if isinstance(labels, ProjectedLabels):
+        shapes = {"embedding": labels.embedding_NS.shape}
+        return shapes if labels.bias_N is None else {**shapes, "bias": labels.bias_N.shape}
     return {"ids": labels.ids_NK.shape, "logprobs": labels.logprobs_NK.shape, "tail_mass": labels.tail_mass_N.shape}

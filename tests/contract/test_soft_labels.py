@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.contract.errors import LabelMismatchError
-from services.contract.reference_labels import top_k_labels
 from services.contract.soft_labels import (
     ExactLabels,
     FullLabels,
+    ProjectedLabels,
+    SampledLabels,
     ScoredSequence,
     SoftLabels,
     TopKLabels,
@@ -47,7 +48,7 @@ def random_bits(draw: st.DrawFn, shape: tuple[int, ...], dtype: np.dtype[Any]) -
 def scored_sequences(draw: st.DrawFn) -> ScoredSequence:
     positions, width = draw(counts), draw(widths)
     labels: SoftLabels
-    encoding = draw(st.sampled_from(["exact", "top_k", "full"]))
+    encoding = draw(st.sampled_from(["exact", "top_k", "full", "sampled", "projected"]))
     if encoding == "exact":
         labels = ExactLabels(hidden_ND=random_bits(draw, (positions, width), draw(st.sampled_from(STATE_TYPES))))
     elif encoding == "top_k":
@@ -56,6 +57,19 @@ def scored_sequences(draw: st.DrawFn) -> ScoredSequence:
             ids_NK=np.array(ids, dtype=np.int32).reshape(positions, width),
             logprobs_NK=random_bits(draw, (positions, width), np.dtype(np.float16)),
             tail_mass_N=random_bits(draw, (positions,), np.dtype(np.float32)),
+        )
+    elif encoding == "sampled":
+        lengths = np.array(draw(st.lists(st.integers(0, 9), min_size=positions, max_size=positions)), dtype=np.uint16)
+        distinct = int(lengths.sum())
+        labels = SampledLabels(
+            ids_M=random_bits(draw, (distinct,), np.dtype(np.int32)),
+            counts_M=random_bits(draw, (distinct,), draw(st.sampled_from([np.dtype(np.uint8), np.dtype(np.uint16)]))),
+            lengths_N=lengths,
+        )
+    elif encoding == "projected":
+        labels = ProjectedLabels(
+            embedding_NS=random_bits(draw, (positions, width), draw(st.sampled_from(STATE_TYPES))),
+            bias_N=random_bits(draw, (positions,), np.dtype(np.float32)) if draw(st.booleans()) else None,
         )
     else:
         labels = FullLabels(logprobs_NV=random_bits(draw, (positions, width), np.dtype(np.float16)))
@@ -68,7 +82,7 @@ def scored_sequences(draw: st.DrawFn) -> ScoredSequence:
 
 
 def arrays(scored: ScoredSequence) -> list[np.ndarray]:
-    return [scored.token_logprobs_N, *vars(scored.labels).values()]
+    return [scored.token_logprobs_N, *(part for part in vars(scored.labels).values() if part is not None)]
 
 
 @given(scored_sequences())
@@ -145,6 +159,54 @@ def test_an_answer_without_labels_is_refused() -> None:
         decode_labels(pb.ScoreSequencesResponse(id="x"))
 
 
+def sampled(*, ids: list[int], counts: list[int], lengths: list[int]) -> pb.ScoreSequencesResponse:
+    labels = SampledLabels(
+        ids_M=np.array(ids, dtype=np.int32),
+        counts_M=np.array(counts, dtype=np.uint8),
+        lengths_N=np.array(lengths, dtype=np.uint16),
+    )
+    logprobs = np.zeros(len(lengths), dtype=np.float32)
+    return encode_labels(ScoredSequence(id="x", sequence_hash=b"", token_logprobs_N=logprobs, labels=labels))
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        sampled(ids=[1, 2], counts=[1], lengths=[1, 1]),
+        sampled(ids=[1], counts=[1, 1], lengths=[1, 1]),
+        sampled(ids=[1, 2], counts=[1, 1], lengths=[1, 2]),
+        sampled(ids=[1, 2], counts=[1, 1], lengths=[1]),
+    ],
+)
+def test_ragged_arrays_must_agree(damaged: pb.ScoreSequencesResponse) -> None:
+    with pytest.raises(LabelMismatchError, match="disagree about the number of tokens"):
+        decode_labels(damaged)
+
+
+def test_ragged_arrays_are_whole_numbers() -> None:
+    damaged = sampled(ids=[1], counts=[1], lengths=[1])
+    damaged.sampled.lengths.CopyFrom(encode_tensor(np.array([1.0], dtype=np.float32)))
+    with pytest.raises(LabelMismatchError, match="disagree about the number of tokens"):
+        decode_labels(damaged)
+
+
+@pytest.mark.parametrize(("embedding", "bias"), [([[np.inf]], None), ([[1.0]], [np.nan])])
+def test_projected_labels_that_are_not_finite_are_refused(embedding: Any, bias: Any) -> None:
+    labels = ProjectedLabels(
+        embedding_NS=np.array(embedding, dtype=np.float16),
+        bias_N=None if bias is None else np.array(bias, dtype=np.float32),
+    )
+    logprobs = np.zeros(1, dtype=np.float32)
+    message = encode_labels(ScoredSequence(id="x", sequence_hash=b"", token_logprobs_N=logprobs, labels=labels))
+    with pytest.raises(LabelMismatchError, match="not finite"):
+        decode_labels(message)
+
+
+def test_sampled_labels_take_five_bytes_per_distinct_token() -> None:
+    message = sampled(ids=list(range(50)) * 8, counts=[1] * 400, lengths=[50] * 8)
+    assert 400 * 5 <= message.sampled.ByteSize() <= 400 * 5 + 8 * 2 + 40
+
+
 def test_an_unknown_type_is_refused() -> None:
     with pytest.raises(LabelMismatchError, match="unknown type 77"):
         decode_tensor(pb.Tensor(dtype=77, shape=[1], data=b"1234"))
@@ -181,22 +243,6 @@ def test_different_sequences_have_different_hashes(
     one: tuple[list[int], list[int]], other: tuple[list[int], list[int]]
 ) -> None:
     assert (hash_sequence(*one) == hash_sequence(*other)) == (one == other)
-
-
-@given(st.integers(1, 12), st.integers(1, 40), st.integers(0, 2**32 - 1), st.floats(0.1, 10))
-def test_top_k_labels_hold_the_likeliest_and_all_the_rest(k: int, vocab: int, seed: int, temperature: float) -> None:
-    logits = np.random.default_rng(seed).standard_normal((3, vocab)) * 4
-    labels = top_k_labels(logits.astype(np.float32), k, temperature=temperature)
-    scaled = logits.astype(np.float32).astype(np.float64) / temperature
-    probabilities = np.exp(scaled - scaled.max(axis=1, keepdims=True))
-    probabilities /= probabilities.sum(axis=1, keepdims=True)
-    kept = min(k, vocab)
-    order = np.argsort(-probabilities, axis=1, kind="stable")
-    np.testing.assert_array_equal(labels.ids_NK, order[:, :kept])
-    log_kept = np.log(np.take_along_axis(probabilities, order[:, :kept], axis=1))
-    np.testing.assert_allclose(labels.logprobs_NK, log_kept, rtol=6e-4, atol=1e-6)
-    tail = np.take_along_axis(probabilities, order[:, kept:], axis=1).sum(axis=1)
-    np.testing.assert_allclose(labels.tail_mass_N, tail, rtol=1e-6, atol=1e-30)
 
 
 def test_log_softmax_survives_large_logits() -> None:
