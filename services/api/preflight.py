@@ -15,10 +15,12 @@ from services.contract.errors import (
     TeacherUnavailableError,
     UnsupportedError,
 )
+from services.contract.evaluation_spec import QUESTIONS, SUMMARISATION, BenchmarkSpec
 from services.contract.settings import Settings
-from services.contract.spec import SUMMARISATION, BenchmarkSpec, StudentSpec, SweepSpec, TeacherSpec
+from services.contract.spec import StudentSpec, SweepSpec, TeacherSpec
 from services.contract.teacher.v1 import teacher_service_pb2 as wire
 from services.contract.teacher.v1 import teacher_service_pb2_grpc as wire_grpc
+from services.datasets.questions import check_questions
 from services.datasets.reading import check_dataset, check_items
 from services.models.directory import check_model_directory, is_path
 
@@ -107,6 +109,8 @@ def _check_benchmark(benchmark: BenchmarkSpec, *, limit: int | None, offline: bo
         )
     if benchmark.name in SUMMARISATION:
         check_items(benchmark, limit=limit, offline=offline)
+    elif benchmark.name in QUESTIONS:
+        check_questions(benchmark, limit=limit, offline=offline)
 
 
 def _check_teacher(spec: SweepSpec, wanted: TeacherSpec, teacher: wire.GetTeacherResponse, *, address: str) -> None:

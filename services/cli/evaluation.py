@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from services.contract.settings import Settings
-from services.contract.spec import EvaluationSpec
+from services.contract.evaluation_spec import EvaluationSpec
 from services.contract.spec_reading import parse_evaluation
 
 

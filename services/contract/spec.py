@@ -8,32 +8,11 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    model_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-BenchmarkName = Literal[
-    "demo_news",
-    "cnn_dailymail",
-    "xsum",
-    "arc_challenge",
-    "arc_easy",
-    "hellaswag",
-    "openbookqa",
-]
-SUMMARISATION: frozenset[str] = frozenset({"demo_news", "cnn_dailymail", "xsum"})
-MULTIPLE_CHOICE: frozenset[str] = frozenset(get_args(BenchmarkName)) - SUMMARISATION
-
-
-class Spec(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+from services.contract.evaluation_spec import EvaluationSpec, Spec
 
 
 class TeacherFinetuneSpec(Spec):
@@ -158,32 +137,6 @@ class TrainingSpec(Spec):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     checkpoint_steps: Annotated[int, Field(ge=1)] = 200
     report_to: tuple[Literal["wandb", "mlflow", "tensorboard", "trackio"], ...] = ()
-
-
-class BenchmarkSpec(Spec):
-    """One benchmark by name; ``path`` replaces its data with a local .jsonl or .parquet file of the same columns."""
-
-    name: BenchmarkName
-    path: str | None = None
-
-
-def _named_benchmark(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
-
-
-class EvaluationSpec(Spec):
-    """What every trained student is measured on. ``limit`` keeps the first items of each benchmark."""
-
-    benchmarks: tuple[Annotated[BenchmarkSpec, BeforeValidator(_named_benchmark)], ...] = ()
-    limit: Annotated[int, Field(ge=1)] | None = None
-    max_new_tokens: Annotated[int, Field(ge=1)] = 128
-    batch_size: Annotated[int, Field(ge=1)] = 8
-
-    @model_validator(mode="after")
-    def _benchmarks_once(self) -> "EvaluationSpec":
-        if self.benchmarks:
-            _each_once(tuple(benchmark.name for benchmark in self.benchmarks))
-        return self
 
 
 class RunSpec(Spec):

@@ -13,7 +13,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from services.contract.errors import SpecError
-from services.contract.spec import EvaluationSpec, RunSpec, SweepSpec
+from services.contract.evaluation_spec import EvaluationSpec
+from services.contract.spec import RunSpec, SweepSpec
 
 
 def parse_sweep(data: object) -> SweepSpec:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from services.contract.errors import DatasetError
-from services.contract.spec import SUMMARISATION, BenchmarkSpec, DatasetSpec
+from services.contract.evaluation_spec import SUMMARISATION, BenchmarkSpec
+from services.contract.spec import DatasetSpec
 from services.datasets.sources import Row, check_hub, hub_rows, is_local, local_rows
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ def load_records(spec: DatasetSpec, *, offline: bool = False) -> list[dict[str, 
     Context and category are empty text where the data set has none. Raises DatasetError when the data set cannot be
     read, or when a record among the first ``spec.limit`` lacks its instruction or its response.
     """
-    rows = _rows(spec.path, split=spec.split, offline=offline)
+    rows = read_rows(spec.path, split=spec.split, offline=offline)
     records = [_record(row) for row in islice(rows, spec.limit)]
     if not records:
         raise DatasetError(f"{spec.path} holds no record", fix="Name a data set with at least one record.")
@@ -87,7 +88,7 @@ def load_items(spec: BenchmarkSpec, *, limit: int | None = None, offline: bool =
     assert spec.name in SUMMARISATION
     benchmark = _BENCHMARKS[spec.name]
     path = spec.path or benchmark.path
-    rows = _rows(path, config=benchmark.config, split=benchmark.split, offline=offline)
+    rows = read_rows(path, config=benchmark.config, split=benchmark.split, offline=offline)
     items: dict[str, SummarisationItem] = {}
     empty = []
     for row in rows:
@@ -127,7 +128,8 @@ def check_items(spec: BenchmarkSpec, *, limit: int | None = None, offline: bool 
         check_hub(path, config=benchmark.config, split=benchmark.split, offline=offline)
 
 
-def _rows(path: str, *, split: str, offline: bool, config: str | None = None) -> Iterator[Row]:
+def read_rows(path: str, *, split: str, offline: bool, config: str | None = None) -> Iterator[Row]:
+    """Rows of what ships with the project, of a local file, or of a data set on the hub."""
     if path in SHIPPED:
         return local_rows(SHIPPED_DIR / f"{path}.jsonl")
     if is_local(path):

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from services.contract.errors import ConflictError, InvalidInputError
+from services.contract.evaluation_spec import EvaluationSpec
 from services.contract.records import Generation, Score
 from services.contract.settings import Settings
-from services.contract.spec import EvaluationSpec
 from services.evaluation.evaluate import evaluate
 from services.models.resolve import resolve_model
 

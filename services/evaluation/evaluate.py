@@ -5,10 +5,10 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from services.contract.errors import CancelledError, EvaluationError, SmoothKDError
+from services.contract.evaluation_spec import SUMMARISATION, BenchmarkSpec, EvaluationSpec
 from services.contract.prompt import SUMMARISE
 from services.contract.records import Generation, Score
 from services.contract.settings import Settings
-from services.contract.spec import SUMMARISATION, BenchmarkSpec, EvaluationSpec
 from services.datasets.reading import SummarisationItem, load_items
 from services.evaluation.model import LoadedModel, load_model
 from services.evaluation.multiple_choice import score_multiple_choice

