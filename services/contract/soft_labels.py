@@ -91,13 +91,14 @@ class ScoredSequence:
     """A teacher's answer for one sequence.
 
     ``token_logprobs_N`` float32: the log-probability, at temperature 1, of the token at each label position.
-    ``sequence_hash``: see ``hash_sequence``.
+    ``sequence_hash``: see ``hash_sequence``. ``from_cache``: whether they were computed for an earlier request.
     """
 
     id: str
     sequence_hash: bytes
     token_logprobs_N: Array
     labels: SoftLabels
+    from_cache: bool = False
 
 
 def encode_labels(scored: ScoredSequence) -> pb.ScoreSequencesResponse:
@@ -151,7 +152,11 @@ def decode_labels(message: pb.ScoreSequencesResponse) -> ScoredSequence:
                 fix="Check the teacher's weights and precision: float16 overflows in some models, bfloat16 does not.",
             )
     return ScoredSequence(
-        id=message.id, sequence_hash=message.sequence_hash, token_logprobs_N=token_logprobs_N, labels=labels
+        id=message.id,
+        sequence_hash=message.sequence_hash,
+        token_logprobs_N=token_logprobs_N,
+        labels=labels,
+        from_cache=message.from_cache,
     )
 
 

@@ -52,10 +52,14 @@ class DatasetSpec(Spec):
 
 
 class LabelSpec(Spec):
-    """How soft labels travel: ``exact`` hidden states, ``top_k`` with exact tail mass, or ``full``."""
+    """How soft labels travel: ``exact`` hidden states, ``top_k`` with exact tail mass, or ``full``.
+
+    ``path``: a directory of label files (``smoothkd labels export``); a run reads them there and asks no teacher.
+    """
 
     encoding: Literal["exact", "top_k", "full"] = "exact"
     k: Annotated[int, Field(ge=1, le=1024)] | None = None
+    path: Annotated[str, Field(min_length=1)] | None = None
 
     @model_validator(mode="after")
     def _k_belongs_to_top_k(self) -> "LabelSpec":
