@@ -1,9 +1,11 @@
 """What ``smoothkd teacher`` is told to serve."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, cast, get_args
 
 from services.contract.errors import InvalidInputError
+from teacher_server.admission import Limits
 from teacher_server.vllm_options import VllmOptions
 
 EngineName = Literal["auto", "transformers", "vllm", "mock"]
@@ -18,12 +20,16 @@ class TeacherOptions:
     ``dtype`` auto computes in float32 on a CPU and in the checkpoint's own type on a GPU. ``label_dtype`` is the
     type in which hidden states travel: auto is the computing type when that has 16 bits, else bfloat16; float32 is
     exact at twice the bytes. ``host`` and ``port`` default to the settings'; port 0 takes a free one.
-    ``mock_seconds`` is how long the mock engine pretends to compute each sequence. InvalidInputError for a word that
-    is none of those allowed.
+    ``base`` names the model of a LoRA adapter given as ``model``. Other weights may be loaded later, from directories
+    below the data directory and ``allow_models_below``. ``mock_seconds`` is how long the mock engine pretends to
+    compute each sequence; ``limits`` is what one client and all of them may have under way. InvalidInputError
+    for a word that is none of those allowed.
     """
 
     model: str
     revision: str | None = None
+    base: str | None = None
+    allow_models_below: tuple[Path, ...] = ()
     engine: str = "auto"
     dtype: str = "auto"
     device: str = "auto"
@@ -33,6 +39,7 @@ class TeacherOptions:
     port: int | None = None
     mock_seconds: float = 0.0
     vllm: VllmOptions = field(default_factory=VllmOptions)
+    limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
         _require(self.engine, get_args(EngineName), name="engine")

@@ -4,7 +4,6 @@ Shape suffixes: T tokens, V vocabulary.
 """
 
 import asyncio
-from contextlib import aclosing
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,10 +37,10 @@ class SelfCheck:
 async def self_check(engine: Engine, *, label_dtype: str) -> SelfCheck:
     """Score a probe and compare; TeacherError when the labels are not the model's own distribution."""
     card = engine.describe()
-    token_ids = _probe_ids(engine)
+    token_ids = probe_ids(engine)
     positions = list(range(1, len(token_ids)))
     sequence = TokenSequence(id="self-check", token_ids=token_ids, label_positions=positions)
-    scored = await _score(engine, sequence)
+    scored = await score_one(engine, sequence)
     reference_TV = (await asyncio.to_thread(engine.reference_logits, token_ids))[:-1]
     if not isinstance(scored.labels, ExactLabels) or not np.isfinite(reference_TV).all():
         raise TeacherError(
@@ -71,7 +70,8 @@ async def self_check(engine: Engine, *, label_dtype: str) -> SelfCheck:
     )
 
 
-def _probe_ids(engine: Engine) -> list[int]:
+def probe_ids(engine: Engine) -> list[int]:
+    """Tokens of PROBE_TEXT, as many as the model takes up to 48."""
     card = engine.describe()
     most = min(_PROBE_TOKENS, card.max_length)
     bos = card.special_token_ids.get("bos")
@@ -81,9 +81,9 @@ def _probe_ids(engine: Engine) -> list[int]:
     return ids[:most]
 
 
-async def _score(engine: Engine, sequence: TokenSequence) -> ScoredSequence:
-    async with aclosing(engine.score([sequence], LabelOptions())) as stream:
-        return await anext(stream)
+async def score_one(engine: Engine, sequence: TokenSequence) -> ScoredSequence:
+    """Exact labels of one sequence."""
+    return await engine.score(sequence, LabelOptions())
 
 
 def _relative_error(logits_TV: Array, reference_TV: Array) -> float:

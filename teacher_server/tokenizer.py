@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from services.contract.errors import MissingExtraError, ModelNotFoundError
+from services.contract.errors import HandshakeError, MissingExtraError, ModelNotFoundError
 
 _ROLES = ("bos", "eos", "unk", "pad")
+_COMPARED_TEXT = "14 ferries, don't;  two  blanks\n\tdef f(x): return x ** 2  今日は。 naïve 👍🏽 <|im_start|></s>"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,13 @@ class TeacherTokenizer:
         """SHA-256 over vocabulary and special tokens, 32 hex digits."""
         content = json.dumps([sorted(self.vocab.items()), sorted(self.special_token_ids.items())])
         return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+def load_tokenizer(directory: Path) -> TeacherTokenizer:
+    """The tokenizer of a model's directory, as transformers reads it."""
+    from transformers import AutoTokenizer
+
+    return from_transformers(AutoTokenizer.from_pretrained(directory))
 
 
 def from_transformers(tokenizer: Any) -> TeacherTokenizer:
@@ -71,6 +79,24 @@ def bytes_tokenizer(vocab_size: int) -> TeacherTokenizer:
         special_token_ids={"eos": vocab_size - 1},
         encode=lambda text: [byte % vocab_size for byte in text.encode()],
     )
+
+
+def require_same_tokenizer(found: TeacherTokenizer, wanted: TeacherTokenizer, *, name: str) -> None:
+    """HandshakeError unless the tokenizer of the model ``name`` reads text as ``wanted`` does and ends it alike."""
+    differences = []
+    if found.vocab != wanted.vocab:
+        differences.append(f"{len(found.vocab)} tokens against {len(wanted.vocab)}, or other ids for them")
+    for role in ("bos", "eos"):
+        ids = found.special_token_ids.get(role), wanted.special_token_ids.get(role)
+        if ids[0] != ids[1]:
+            differences.append(f"the {role} token is {ids[0]} instead of {ids[1]}")
+    if found.encode(_COMPARED_TEXT) != wanted.encode(_COMPARED_TEXT):
+        differences.append("the same text becomes other ids")
+    if differences:
+        raise HandshakeError(
+            f"the tokenizer of {name} is not the teacher's: {'; '.join(differences)}",
+            fix="Save the model with the tokenizer that it came with, or start a teacher of its own with --model.",
+        )
 
 
 def stop_token_ids(directory: Path, eos: int | None) -> tuple[int, ...]:

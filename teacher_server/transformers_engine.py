@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from services.contract.errors import InvalidInputError, UnsupportedError
 from services.contract.sequences import DecodeOptions, LabelOptions, Prompt, TokenSequence
-from services.contract.soft_labels import Array, ScoredSequence, hash_sequence
+from services.contract.soft_labels import Array, ScoredSequence
+from teacher_server.adapter import merge_adapter
 from teacher_server.batching import DecodeWatch
 from teacher_server.decoding import decode_batch
 from teacher_server.engine import TeacherCard
 from teacher_server.fingerprint import fingerprint_model
-from teacher_server.tokenizer import from_transformers, stop_token_ids
+from teacher_server.student_heads import StudentHeads
+from teacher_server.tokenizer import load_tokenizer, stop_token_ids
 from teacher_server.torch_head import TorchHead, to_numpy
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -27,8 +29,8 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 class TransformersModel:
     """A BatchModel around a causal language model that ``save_pretrained`` wrote to ``directory``.
 
-    ``dtype`` auto is float32 on the CPU, where 16-bit arithmetic is slow, and the checkpoint's own type on a GPU.
-    ``max_length`` None is the model's limit.
+    A LoRA ``adapter`` of it is merged in. ``dtype`` auto is float32 on the CPU, where 16-bit arithmetic is slow, and
+    the checkpoint's own type on a GPU. ``max_length`` None is the model's limit.
     """
 
     max_batch_sequences = 64
@@ -37,6 +39,7 @@ class TransformersModel:
         self,
         directory: Path,
         *,
+        adapter: Path | None = None,
         name: str = "",
         revision: str = "",
         dtype: str = "auto",
@@ -45,9 +48,11 @@ class TransformersModel:
     ) -> None:
         self._device = _device(device)
         on_cpu = self._device.type == "cpu"
-        tokenizer = from_transformers(AutoTokenizer.from_pretrained(directory))
+        tokenizer = load_tokenizer(directory)
         wanted: Any = _DTYPES.get(dtype, torch.float32 if on_cpu else "auto")
         model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=wanted)
+        if adapter is not None:
+            model = merge_adapter(model, adapter)
         self._model = model.to(self._device).eval()
         # Small batches keep a CPU responsive; a GPU needs large ones to be busy.
         self.max_batch_tokens = 2_048 if on_cpu else 16_384
@@ -61,7 +66,9 @@ class TransformersModel:
             engine="transformers",
             model=name or str(directory),
             revision=revision,
-            fingerprint=fingerprint_model(directory, tokenizer_fingerprint=tokenizer.fingerprint, dtype=weights_dtype),
+            fingerprint=fingerprint_model(
+                directory, adapter=adapter, tokenizer_fingerprint=tokenizer.fingerprint, dtype=weights_dtype
+            ),
             tokenizer_fingerprint=tokenizer.fingerprint,
             vocab_size=tokenizer.vocab_size,
             hidden_size=self._torch_head.weight_VD.shape[1],
@@ -86,23 +93,14 @@ class TransformersModel:
     @torch.inference_mode()
     def score(self, work: Sequence[tuple[TokenSequence, LabelOptions]]) -> list[ScoredSequence]:
         hidden_BTD = self._hidden([sequence.token_ids for sequence, _ in work])
-        scored = []
-        for hidden_TD, (sequence, options) in zip(hidden_BTD, work, strict=True):
-            positions_N = torch.tensor(sequence.label_positions, dtype=torch.long, device=hidden_TD.device)
-            token_ids_T = torch.tensor(sequence.token_ids, device=hidden_TD.device)
-            # The state after token p - 1 predicts token p.
-            token_logprobs_N, labels = self._torch_head.labels(
-                hidden_TD[positions_N - 1], token_ids_N=token_ids_T[positions_N], options=options
-            )
-            scored.append(
-                ScoredSequence(
-                    id=sequence.id,
-                    sequence_hash=hash_sequence(sequence.token_ids, sequence.label_positions),
-                    token_logprobs_N=token_logprobs_N,
-                    labels=labels,
-                )
-            )
-        return scored
+        return [
+            self._torch_head.score(hidden_TD, sequence, options)
+            for hidden_TD, (sequence, options) in zip(hidden_BTD, work, strict=True)
+        ]
+
+    @property
+    def student_heads(self) -> StudentHeads[Any]:
+        return self._torch_head.student_heads
 
     def generate(self, prompts: Sequence[Prompt], options: DecodeOptions, watch: DecodeWatch) -> None:
         decode_batch(
