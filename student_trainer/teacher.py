@@ -11,6 +11,7 @@ from services.contract.lm_head import LmHead
 from services.contract.sequences import LabelOptions
 from services.contract.settings import Settings
 from services.contract.spec import DistillationSpec, RunSpec
+from services.contract.teacher_channel import teacher_access
 from student_trainer.alignment import verify_token_logprobs
 from student_trainer.data import Example
 from student_trainer.labels import as_tensor, label_request
@@ -58,7 +59,7 @@ def connect_teacher(spec: RunSpec, *, tokenizer: PreTrainedTokenizerBase, settin
     assert spec.teacher is not None
     address = settings.resolved_teacher_address
     log.info("asking the teacher at %s for %s", address, spec.teacher.model)
-    client = TeacherClient(address, cache_dir=settings.data_dir / "lm_heads")
+    client = TeacherClient(address, access=teacher_access(settings), cache_dir=settings.data_dir / "lm_heads")
     try:
         options = label_options(spec.distillation)
         info = client.handshake(tokenizer, spec.teacher.model, options.encoding)

@@ -4,8 +4,9 @@ Requests outlive the teacher: while none answers the client asks again, and afte
 sequences that are still missing, so that every sequence arrives exactly once.
 """
 
+import itertools
 import threading
-import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,12 @@ from typing import Any, TypeVar
 
 import grpc
 
-from services.contract.errors import CancelledError, InvalidInputError, LabelMismatchError, SmoothKDError
+from services.contract.errors import (
+    CancelledError,
+    InvalidInputError,
+    LabelMismatchError,
+    StudentHeadMissingError,
+)
 from services.contract.lm_head import LmHead
 from services.contract.sequences import (
     Continuation,
@@ -23,34 +29,31 @@ from services.contract.sequences import (
     Prompt,
     TokenSequence,
 )
-from services.contract.soft_labels import MAX_MESSAGE_BYTES, WIRE_ENCODINGS, ScoredSequence, decode_labels
+from services.contract.soft_labels import MAX_REQUEST_BYTES, WIRE_ENCODINGS, ScoredSequence, decode_labels
 from services.contract.teacher.v1 import teacher_service_pb2 as pb
 from services.contract.teacher.v1.teacher_service_pb2_grpc import TeacherServiceStub
+from services.contract.teacher_channel import CLIENT_KEY, TeacherAccess, open_teacher_channel
 from student_trainer.alignment import check_scored
 from student_trainer.handshake import PROBE_TEXTS, StudentTokenizer, require_shared_tokenizer
 from student_trainer.lm_head_cache import cached_lm_head
-from student_trainer.teacher_errors import is_worth_another_try, translate
+from student_trainer.patience import Patience
+from student_trainer.student_head import MOST_REPLICAS, StudentHead
+from student_trainer.teacher_errors import translate
 
 Item = TypeVar("Item", TokenSequence, Prompt)
 Answer = TypeVar("Answer", ScoredSequence, Continuation)
 Message = TypeVar("Message", pb.ScoreSequencesResponse, pb.GenerateSequencesResponse)
 
-_CHANNEL_OPTIONS = (
-    # Replicas behind one name share the work.
-    ("grpc.service_config", '{"loadBalancingConfig": [{"round_robin": {}}]}'),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
-    # A teacher that restarts is back within seconds; the channel's own backoff would grow to two minutes.
-    ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.max_reconnect_backoff_ms", 5_000),
-)
+_REQUEST_OVERHEAD_BYTES = 1024
+"""Of one sequence: its id of up to 200 characters, and field headers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherInfo:
-    """Who the teacher is. ``vocab_size`` counts real tokens; ``max_length`` is in tokens."""
+    """Who the teacher is. ``vocab_size`` counts real tokens; ``max_length`` is in tokens.
+
+    ``determinism_spread``: nats by which a token's log-probability varies with what is computed beside it.
+    """
 
     model: str
     revision: str
@@ -64,31 +67,40 @@ class TeacherInfo:
     max_sequences: int
     engine: str
     generates: bool
+    determinism_spread: float
 
 
 class TeacherClient:
-    """A teacher at ``address`` (host:port or any gRPC target). Safe to share between threads; close it in the end.
+    """A teacher at ``address``, as ``open_teacher_channel`` takes it. Threads may share it; close it in the end.
 
-    ``cache_dir`` keeps output heads by fingerprint. ``timeout_seconds`` bounds each request,
-    ``patience_seconds`` how long an unreachable teacher is asked again before TeacherUnavailableError.
+    The teacher shares its time fairly between clients of different ``name``; each has one of its own by default.
+    ``access`` is what the teacher is shown; ``cache_dir`` keeps output heads by fingerprint. ``timeout_seconds`` bounds
+    each request, ``patience_seconds`` how long a teacher that is away or overloaded is asked again before its error.
     """
 
     def __init__(
         self,
         address: str,
         *,
+        name: str = "",
+        access: TeacherAccess | None = None,
         cache_dir: Path | None = None,
         timeout_seconds: float = 600.0,
         patience_seconds: float = 120.0,
     ) -> None:
         self.address = address
+        self.name = name or uuid.uuid4().hex
         self._cache_dir = cache_dir
         self._timeout_seconds = timeout_seconds
         self._patience_seconds = patience_seconds
-        self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        self._channel = open_teacher_channel(
+            address, access=access or TeacherAccess(), metadata=lambda: ((CLIENT_KEY, self.name),)
+        )
         self._stub = TeacherServiceStub(self._channel)
         self._closed = threading.Event()
+        self._warned: set[str] = set()
         self._info: TeacherInfo | None = None
+        self._student_head: StudentHead | None = None
 
     def __enter__(self) -> "TeacherClient":
         return self
@@ -130,6 +142,14 @@ class TeacherClient:
         )
         return head
 
+    def use_student_head(self, head: LmHead) -> str:
+        """Let projected labels be means of this head; returns its fingerprint for ``LabelOptions.student_head``.
+
+        It goes to the teacher when that says that it does not have it: at first, and after a restart.
+        """
+        self._student_head = StudentHead(head)
+        return self._student_head.fingerprint
+
     def score(
         self, sequences: Iterable[TokenSequence], options: LabelOptions | None = None
     ) -> Iterator[ScoredSequence]:
@@ -139,9 +159,14 @@ class TeacherClient:
         """
         options = options or LabelOptions()
         info = self.describe()
-        wire_options = pb.LabelOptions(encoding=WIRE_ENCODINGS[options.encoding])
-        if options.encoding == "top_k":
-            wire_options.k, wire_options.temperature = options.k, options.temperature
+        wire_options = pb.LabelOptions(
+            encoding=WIRE_ENCODINGS[options.encoding],
+            k=options.k,
+            temperature=options.temperature,
+            draws=options.draws,
+            seed=options.seed,
+            student_head=options.student_head,
+        )
 
         def request(part: Iterable[TokenSequence]) -> pb.ScoreSequencesRequest:
             return pb.ScoreSequencesRequest(
@@ -156,7 +181,14 @@ class TeacherClient:
 
         def read(message: pb.ScoreSequencesResponse, sequence: TokenSequence) -> ScoredSequence:
             scored = decode_labels(message)
-            check_scored(scored, sequence, options=options, vocab_size=info.vocab_size, hidden_size=info.hidden_size)
+            check_scored(
+                scored,
+                sequence,
+                options=options,
+                vocab_size=info.vocab_size,
+                hidden_size=info.hidden_size,
+                student_head=self._student_head,
+            )
             return scored
 
         def ask(part: Iterable[TokenSequence]) -> Any:
@@ -198,13 +230,23 @@ class TeacherClient:
         return response
 
     def _patiently(self, attempt: Callable[[], Any]) -> Any:
-        patience = _Patience(self)
+        patience = self._patience()
         while True:
             self._require_open()
             try:
                 return attempt()
             except grpc.RpcError as error:
+                self._require_open()
                 patience.wait_or_raise(error)
+
+    def _patience(self) -> Patience:
+        return Patience(
+            seconds=self._patience_seconds,
+            address=self.address,
+            known_model=self._info.model if self._info else "",
+            closed=self._closed,
+            warned=self._warned,
+        )
 
     def _require_open(self) -> None:
         if self._closed.is_set():
@@ -222,11 +264,12 @@ class TeacherClient:
             if item.id in missing:
                 raise InvalidInputError(f"the id {item.id!r} is asked for twice", fix="Give every sequence its own id.")
             missing[item.id] = item
-        patience = _Patience(self)
+        patience = self._patience()
         while missing:
             self._require_open()
-            asked = dict(list(missing.items())[: self.describe().max_sequences])
+            asked = _one_request(missing, max_sequences=self.describe().max_sequences)
             stream = None
+            head_sent = self._student_head.times_sent if self._student_head else 0
             try:
                 stream = ask(asked.values())
                 for message in stream:
@@ -238,7 +281,9 @@ class TeacherClient:
                     patience.renew()
                     yield answer
             except grpc.RpcError as error:
-                patience.wait_or_raise(error)
+                self._require_open()
+                if not self._sent_missing_head(error, patience, missed_at=head_sent):
+                    patience.wait_or_raise(error)
             else:
                 if asked:
                     raise _unexpected(next(iter(asked)), missing=True)
@@ -246,34 +291,21 @@ class TeacherClient:
                 if stream is not None:
                     stream.cancel()
 
-
-class _Patience:
-    """Decides whether a failed request is made again, and waits before it is: 0.1 s, doubling to 5 s."""
-
-    def __init__(self, client: TeacherClient) -> None:
-        self._client = client
-        self.renew()
-
-    def renew(self) -> None:
-        self._pause = 0.1
-        self._progressed = True
-        self._ends: float | None = None
-
-    def wait_or_raise(self, error: grpc.RpcError) -> None:
-        client = self._client
-        client._require_open()
-        if self._ends is None:
-            self._ends = time.monotonic() + client._patience_seconds
-        again = is_worth_another_try(error, progressed=self._progressed)
-        self._progressed = False
-        if not again or time.monotonic() + self._pause > self._ends:
-            raise self._translated(error) from error
-        client._closed.wait(self._pause)
-        self._pause = min(2 * self._pause, 5.0)
-
-    def _translated(self, error: grpc.RpcError) -> SmoothKDError:
-        info = self._client._info
-        return translate(error, address=self._client.address, model=info.model if info else "")
+    def _sent_missing_head(self, error: grpc.RpcError, patience: Patience, *, missed_at: int) -> bool:
+        """Whether the request failed for want of the student's head, which is there now."""
+        head = self._student_head
+        told = translate(error, address=self.address)
+        if head is None or not isinstance(told, StudentHeadMissingError) or patience.misses >= MOST_REPLICAS:
+            return False
+        patience.misses += 1
+        head.send(
+            lambda messages: self._patiently(
+                lambda: self._stub.PutStudentHead(messages(), timeout=self._timeout_seconds)
+            ),
+            missed_at=missed_at,
+            misses=patience.misses,
+        )
+        return True
 
 
 def _teacher_info(response: pb.GetTeacherResponse) -> TeacherInfo:
@@ -291,7 +323,21 @@ def _teacher_info(response: pb.GetTeacherResponse) -> TeacherInfo:
         max_sequences=response.max_sequences,
         engine=response.engine,
         generates=response.generates,
+        determinism_spread=response.determinism_spread,
     )
+
+
+def _one_request(missing: dict[str, Item], *, max_sequences: int) -> dict[str, Item]:
+    """The first of what is missing, as much as the teacher takes at a time."""
+    asked: dict[str, Item] = {}
+    room = MAX_REQUEST_BYTES
+    for id, item in itertools.islice(missing.items(), max_sequences):
+        # Ids and positions below two million take up to 3 bytes each.
+        room -= _REQUEST_OVERHEAD_BYTES + 3 * (len(item.token_ids) + len(getattr(item, "label_positions", ())))
+        if asked and room < 0:
+            break
+        asked[id] = item
+    return asked
 
 
 def _unexpected(sequence_id: str, *, missing: bool) -> LabelMismatchError:

@@ -6,7 +6,8 @@ import grpc
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from services.contract.errors import SmoothKDError, TeacherError, TeacherUnavailableError, error_class
+from services.contract.errors import HandshakeError, SmoothKDError, TeacherError, TeacherUnavailableError, error_class
+from services.contract.teacher_channel import REPLICA_KEY, STARTING, connection_problem
 
 
 def translate(error: grpc.RpcError, *, address: str, model: str = "") -> SmoothKDError:
@@ -20,9 +21,11 @@ def translate(error: grpc.RpcError, *, address: str, model: str = "") -> SmoothK
         "or point SMOOTHKD_TEACHER_ADDRESS at a running one."
     )
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
-        return TeacherUnavailableError(
-            f"no teacher answers at {address}", fix=fix, details={"address": address, "grpc": str(error.details())}
-        )
+        details = {"address": address, "grpc": str(error.details())}
+        problem = connection_problem(error.details())
+        if problem is not None:
+            return TeacherUnavailableError(f"the teacher at {address} {problem.what}", fix=problem.fix, details=details)
+        return TeacherUnavailableError(f"no teacher answers at {address}", fix=fix, details=details)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return TeacherUnavailableError(
             f"the teacher at {address} answered nothing in time", fix=fix, details={"address": address}
@@ -34,13 +37,25 @@ def translate(error: grpc.RpcError, *, address: str, model: str = "") -> SmoothK
     )
 
 
-def is_worth_another_try(error: grpc.RpcError, *, progressed: bool) -> bool:
-    """Whether the same request may succeed later: the teacher is away, or ran out of time while it was answering."""
+def is_worth_another_try(error: grpc.RpcError, *, progressed: bool, met_before: bool) -> bool:
+    """Whether the same request may succeed later: the teacher is away, or ran out of time while it was answering.
+
+    Certificates that do not fit stay so, unless the teacher has been reached before: then one replica of several is
+    wrong while the others are away.
+    """
     code = error.code()
+    problem = connection_problem(error.details())
+    if problem is not None and problem.lasting and not met_before:
+        return False
     # A teacher that stops cancels its streams; the client's own cancellation never comes back as an error.
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
         return True
     return progressed and code is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+def is_starting(error: grpc.RpcError) -> bool:
+    """Whether replicas are there, but none serves yet."""
+    return connection_problem(error.details()) is STARTING
 
 
 def seconds_told_to_wait(error: grpc.RpcError) -> float | None:
@@ -58,7 +73,12 @@ def _told_by_server(error: grpc.RpcError) -> SmoothKDError | None:
         if detail.Unpack(info) and info.domain == "smoothkd":
             details = dict(info.metadata)
             fix = details.pop("fix", "")
-            return error_class(info.reason)(str(error.details()), fix=fix, details=details)
+            kind, what = error_class(info.reason), str(error.details())
+            replica = dict(cast(grpc.Call, error).initial_metadata() or ()).get(REPLICA_KEY)
+            if replica:
+                details["replica"] = str(replica)
+                what = f"{what} (replica {details['replica']})" if kind is HandshakeError else what
+            return kind(what, fix=fix, details=details)
     return None
 
 

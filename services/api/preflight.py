@@ -8,6 +8,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.contract.errors import (
+    AuthenticationError,
     DatasetError,
     HandshakeError,
     LimitExceededError,
@@ -20,6 +21,7 @@ from services.contract.settings import Settings
 from services.contract.spec import StudentSpec, SweepSpec, TeacherSpec
 from services.contract.teacher.v1 import teacher_service_pb2 as wire
 from services.contract.teacher.v1 import teacher_service_pb2_grpc as wire_grpc
+from services.contract.teacher_channel import connection_problem, open_teacher_channel, teacher_access
 from services.datasets.questions import check_questions
 from services.datasets.reading import check_dataset, check_items
 from services.models.directory import check_model_directory, is_path
@@ -30,18 +32,19 @@ ENCODINGS = {"exact": wire.ENCODING_EXACT, "top_k": wire.ENCODING_TOP_K, "full":
 
 
 class TeacherProbe(Protocol):
-    """Asks the teacher at a gRPC address who it is; see ``probe_teacher``."""
+    """Asks the teacher that the settings name who it is; see ``probe_teacher``."""
 
-    def __call__(self, address: str, *, model: str) -> wire.GetTeacherResponse: ...
+    def __call__(self, settings: Settings, *, model: str) -> wire.GetTeacherResponse: ...
 
 
-def probe_teacher(address: str, *, model: str) -> wire.GetTeacherResponse:
+def probe_teacher(settings: Settings, *, model: str) -> wire.GetTeacherResponse:
     """What the teacher says of itself, once it is certain to serve ``model``.
 
-    TeacherUnavailableError when nothing answers at ``address``, or what answers is not ready; HandshakeError
-    when it serves another model.
+    TeacherUnavailableError when nothing answers at its address, or what answers is not ready; AuthenticationError
+    when it wants another token; HandshakeError when it serves another model.
     """
-    with grpc.insecure_channel(address) as channel:
+    address = settings.resolved_teacher_address
+    with open_teacher_channel(address, access=teacher_access(settings), balanced=False) as channel:
         try:
             health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=PROBE_SECONDS)
             if health.status != health_pb2.HealthCheckResponse.SERVING:
@@ -51,9 +54,16 @@ def probe_teacher(address: str, *, model: str) -> wire.GetTeacherResponse:
                 )
             return _ask(wire_grpc.TeacherServiceStub(channel), address=address, model=model)
         except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+                raise _refused(error, address=address) from None
+            problem = connection_problem(error.details())
             raise TeacherUnavailableError(
-                f"no teacher answers at {address} ({error.code().name}: {error.details()})",
-                fix=f"Start it with `smoothkd teacher --model {model}`, or set SMOOTHKD_TEACHER_ADDRESS.",
+                f"no teacher answers at {address} ({error.code().name}: {error.details()})"
+                if problem is None
+                else f"the teacher at {address} {problem.what}",
+                fix=f"Start it with `smoothkd teacher --model {model}`, or set SMOOTHKD_TEACHER_ADDRESS."
+                if problem is None
+                else problem.fix,
                 details={"address": address},
             ) from None
 
@@ -77,7 +87,7 @@ def check_sweep(spec: SweepSpec, *, settings: Settings, probe: TeacherProbe = pr
     decodes = spec.distillation.level != "word"
     if spec.teacher is not None and (decodes or max(spec.grid.alpha) > 0):
         address = settings.resolved_teacher_address
-        _check_teacher(spec, spec.teacher, probe(address, model=spec.teacher.model), address=address)
+        _check_teacher(spec, spec.teacher, probe(settings, model=spec.teacher.model), address=address)
 
 
 def _check_size(spec: SweepSpec) -> None:
@@ -148,7 +158,9 @@ def _ask(teacher: wire_grpc.TeacherServiceStub, *, address: str, model: str) -> 
     answer: wire.GetTeacherResponse
     try:
         answer = teacher.GetTeacher(wire.GetTeacherRequest(model=model), timeout=PROBE_SECONDS)
-    except grpc.RpcError:
+    except grpc.RpcError as error:
+        if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+            raise
         # It knows best which names mean its model, and this one does not; ask for a name that does.
         served = teacher.GetTeacher(wire.GetTeacherRequest(), timeout=PROBE_SECONDS).model
         raise HandshakeError(
@@ -157,3 +169,10 @@ def _ask(teacher: wire_grpc.TeacherServiceStub, *, address: str, model: str) -> 
             details={"address": address, "serves": served},
         ) from None
     return answer
+
+
+def _refused(error: grpc.RpcError, *, address: str) -> AuthenticationError:
+    return AuthenticationError(
+        f"the teacher at {address} refuses this API: {error.details()}",
+        fix="Start the API with the teacher's own SMOOTHKD_TEACHER_TOKEN.",
+    )

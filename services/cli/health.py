@@ -38,12 +38,17 @@ def teacher_problem(settings: Settings) -> str | None:
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+    from services.contract.teacher_channel import connection_problem, open_teacher_channel, teacher_access
+
     address = settings.resolved_teacher_address
-    with grpc.insecure_channel(address) as channel:
-        try:
+    try:
+        with open_teacher_channel(address, access=teacher_access(settings), balanced=False) as channel:
             answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=3)
-        except grpc.RpcError as error:
-            return f"{address}: {error.code().name}"
+    except SmoothKDError as error:
+        return error.what
+    except grpc.RpcError as error:
+        problem = connection_problem(error.details())
+        return f"{address} {problem.what}" if problem else f"{address}: {error.code().name}"
     serving = health_pb2.HealthCheckResponse.SERVING
     return None if answer.status == serving else f"{address} is starting or stopping"
 

@@ -24,7 +24,7 @@ def load_settings() -> "Settings":
 
 
 class Settings(BaseSettings):
-    model_config = SettingsConfigDict(env_prefix="SMOOTHKD_", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="SMOOTHKD_", extra="ignore", frozen=True, env_ignore_empty=True)
 
     data_dir: Path = Field(default=Path(".smoothkd"), description="Database, models, checkpoints, logs.")
     database_url: str = Field(
@@ -48,19 +48,23 @@ class Settings(BaseSettings):
     teacher_address: str = Field(
         default="",
         description="Where students find the teacher: host:port, several with commas between, or any gRPC target; "
-        "empty means teacher_host:teacher_port.",
+        "tls:// before it means TLS; empty means teacher_host:teacher_port.",
     )
     teacher_token: SecretStr | None = Field(
-        default=None, description="Bearer token of the teacher service, on both sides; required off loopback."
+        default=None,
+        description="Bearer token of the teacher service, on both sides; required off loopback where the teacher does "
+        "not demand certificates of students.",
     )
     teacher_tls_certificate: Path | None = Field(
-        default=None, description="This side's certificate chain (PEM): the server's, or a student's own."
+        default=None,
+        description="This side's certificate chain (PEM): the server's, or a student's own. On a student any of the "
+        "three files means TLS.",
     )
     teacher_tls_key: Path | None = Field(default=None, description="Private key (PEM) of teacher_tls_certificate.")
     teacher_tls_ca: Path | None = Field(
         default=None,
         description="Certificates (PEM) that the other side's must be signed by; on the server it demands them of "
-        "students (mutual TLS).",
+        "students (mutual TLS). Without it a student trusts its own certificate, else the system's authorities.",
     )
     teacher_metrics_port: Port | None = Field(default=None, description="Serve Prometheus metrics of the teacher here.")
     label_cache_dir: Path | None = Field(

@@ -38,7 +38,7 @@ def make_spec(**changes: Any) -> SweepSpec:
     )
 
 
-def no_teacher(address: str, *, model: str) -> wire.GetTeacherResponse:
+def no_teacher(settings: Settings, *, model: str) -> wire.GetTeacherResponse:
     raise AssertionError("the teacher must not be asked")
 
 

@@ -19,11 +19,12 @@ from services.contract.settings import Settings
 from teacher_server.server import TeacherOptions, run_server
 
 REPOSITORY = Path(__file__).parents[2]
+WITHOUT_CACHE = Settings(label_cache_gib=0)
 
 
 @contextmanager
-def running_teacher(options: TeacherOptions) -> Iterator[str]:
-    """A server in a thread; gives its address once it serves, and its error if it does not."""
+def running_teacher(options: TeacherOptions, *, settings: Settings | None = None) -> Iterator[str]:
+    """A server in a thread, without a label cache by default; gives its address once it serves, or its error."""
     ready = threading.Event()
     stop: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
     ports: list[int] = []
@@ -37,7 +38,7 @@ def running_teacher(options: TeacherOptions) -> Iterator[str]:
             ports.append(port)
             ready.set()
 
-        await run_server(Settings(), options, stop=event, on_ready=on_ready)
+        await run_server(settings or WITHOUT_CACHE, options, stop=event, on_ready=on_ready)
 
     def run() -> None:
         try:
@@ -68,7 +69,7 @@ def teacher_process(options: dict[str, object], *, log: Path | None = None) -> I
     code = (
         "from services.contract.settings import Settings\n"
         "from teacher_server.server import TeacherOptions, serve\n"
-        f"serve(Settings(), TeacherOptions(**{options!r}))\n"
+        f"serve(Settings(label_cache_gib=0), TeacherOptions(**{options!r}))\n"
     )
     with (log or Path(os.devnull)).open("a") as sink:
         process = subprocess.Popen(

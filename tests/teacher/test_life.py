@@ -56,7 +56,7 @@ def test_a_stream_survives_kill_and_restart(tmp_path: Path) -> None:
 
 def test_another_teacher_at_the_same_address_is_refused() -> None:
     port = free_port()
-    with TeacherClient(f"127.0.0.1:{port}", patience_seconds=20) as client:
+    with TeacherClient(f"127.0.0.1:{port}", patience_seconds=5) as client:
         with running_teacher(TeacherOptions(model="300", engine="mock", port=port)):
             stream = client.score(long_sequences(3))
             next(stream)

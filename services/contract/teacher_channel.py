@@ -1,0 +1,239 @@
+"""The way to the teacher: where it is, how it is known, what it is shown.
+
+Every part that asks a teacher (students, the API's preflight, health checks) opens its channel here.
+"""
+
+import ipaddress
+import json
+import logging
+import re
+import socket
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+
+from services.contract.errors import InvalidInputError, TeacherUnavailableError
+from services.contract.settings import Settings
+from services.contract.soft_labels import MAX_MESSAGE_BYTES
+from services.contract.tls import read_authorities, read_identity
+
+logger = logging.getLogger(__name__)
+
+Metadata = Sequence[tuple[str, str]]
+
+TLS_PREFIX = "tls://"
+REPLICA_KEY = "smoothkd-replica"
+"""Initial metadata of every answer: which of several replicas gives it, as its own host name and port."""
+CLIENT_KEY = "smoothkd-client"
+"""Metadata in which a client names itself; the teacher shares its time fairly between those named differently."""
+SERVICE_NAME = "teacher.v1.TeacherService"
+_HOST_PORT = re.compile(r"(?:\[(?P<bracketed>[0-9A-Fa-f:.%]+)\]|(?P<host>[^:/\[\]\s]+)):(?P<port>\d{1,5})")
+_GRPC_SCHEMES = ("ipv4:", "ipv6:", "dns:", "unix:", "unix-abstract:", "vsock:", "xds:")
+
+_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    # A teacher that restarts is back within seconds; the channel's own backoff would grow to two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 5_000),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherAccess:
+    """``token`` is sent with every call where it is not empty; ``tls`` None speaks plain text to plain addresses."""
+
+    token: str = field(default="", repr=False)
+    tls: grpc.ChannelCredentials | None = None
+
+
+def teacher_access(settings: Settings) -> TeacherAccess:
+    """What this process shows and trusts. InvalidInputError for certificates that cannot be used.
+
+    It trusts teacher_tls_ca; without that its own certificate, which is the server's where both share their settings.
+    """
+    identity = read_identity(settings)
+    authorities = read_authorities(settings)
+    token = settings.teacher_token.get_secret_value() if settings.teacher_token else ""
+    if identity is None and authorities is None:
+        return TeacherAccess(token=token)
+    credentials = grpc.ssl_channel_credentials(
+        root_certificates=authorities or (identity.certificates if identity else None),
+        private_key=identity.key if identity else None,
+        certificate_chain=identity.certificates if identity else None,
+    )
+    return TeacherAccess(token=token, tls=credentials)
+
+
+def open_teacher_channel(
+    address: str,
+    *,
+    access: TeacherAccess,
+    balanced: bool = True,
+    metadata: Callable[[], Metadata] | None = None,
+) -> grpc.Channel:
+    """A channel to ``address``: host:port, several with commas between, or a gRPC target, with or without tls://.
+
+    A balanced channel shares its calls between the replicas that say they serve (gRPC's round_robin and health
+    watch); one that is not balanced asks the first that answers, serving or not. ``metadata`` is asked for more of
+    it at each call. InvalidInputError for an address that is none.
+    """
+    encrypted = access.tls is not None or address.startswith(TLS_PREFIX)
+    address = address.removeprefix(TLS_PREFIX)
+    options: list[tuple[str, Any]] = [*_OPTIONS, ("grpc.service_config", _service_config(balanced=balanced))]
+    replicas = _listed_replicas(address)
+    target = address
+    if replicas:
+        target = _numeric_target(replicas)
+        # A list has no name of its own; replicas behind TLS share the first one's.
+        options.append(("grpc.default_authority", replicas[0][0]))
+    channel = (
+        grpc.secure_channel(target, access.tls or grpc.ssl_channel_credentials(), options=options)
+        if encrypted
+        else grpc.insecure_channel(target, options=options)
+    )
+    token = (("authorization", f"Bearer {access.token}"),) if access.token else ()
+
+    def everything() -> Metadata:
+        return (*token, *(metadata() if metadata is not None else ()))
+
+    return grpc.intercept_channel(channel, _AddMetadata(everything))
+
+
+def _service_config(*, balanced: bool) -> str:
+    if not balanced:
+        return json.dumps({"loadBalancingConfig": [{"pick_first": {}}]})
+    return json.dumps(
+        {
+            "loadBalancingConfig": [{"round_robin": {}}],
+            # A replica that loads its model, or drains, gets no calls.
+            "healthCheckConfig": {"serviceName": SERVICE_NAME},
+        }
+    )
+
+
+def _listed_replicas(address: str) -> list[tuple[str, int]]:
+    """Host and port of each replica in a list with commas; empty for a single address and for gRPC targets."""
+    if "," not in address or address.startswith(_GRPC_SCHEMES):
+        return []
+    replicas = []
+    for part in address.split(","):
+        match = _HOST_PORT.fullmatch(part.strip())
+        if match is None or not 0 < int(match["port"]) < 65536:
+            raise InvalidInputError(
+                f"{part.strip()!r} in the teacher's address is not host:port",
+                fix="Write SMOOTHKD_TEACHER_ADDRESS as host:port,host:port; IPv6 addresses as [::1]:8442.",
+            )
+        replicas.append((match["bracketed"] or match["host"], int(match["port"])))
+    return replicas
+
+
+def _numeric_target(replicas: Iterable[tuple[str, int]]) -> str:
+    """gRPC takes a list of addresses, but not one of names; names are looked up once, here."""
+    found: dict[tuple[str, int], None] = {}
+    unknown = []
+    for host, port in replicas:
+        try:
+            infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except OSError as error:
+            unknown.append(f"{host} ({error.strerror or error})")
+            continue
+        # One way to each machine: counted twice it would get twice its share.
+        families = {info[0] for info in infos}
+        family = socket.AF_INET if socket.AF_INET in families else socket.AF_INET6
+        found.update(dict.fromkeys((str(info[4][0]), port) for info in infos if info[0] == family))
+    if unknown and not found:
+        raise TeacherUnavailableError(
+            f"no host of the teacher's address is known: {', '.join(unknown)}",
+            fix="Correct SMOOTHKD_TEACHER_ADDRESS, or check this machine's name service.",
+        )
+    if unknown:
+        logger.warning("going on without the teacher replicas that no name service knows: %s", ", ".join(unknown))
+    if all(ipaddress.ip_address(host).version == 4 for host, _ in found):
+        return "ipv4:" + ",".join(f"{host}:{port}" for host, port in found)
+    # One list holds one family: IPv4 addresses go in their IPv6 spelling.
+    return "ipv6:" + ",".join(f"[{_as_ipv6(host)}]:{port}" for host, port in found)
+
+
+def _as_ipv6(host: str) -> str:
+    return f"::ffff:{host}" if ipaddress.ip_address(host.partition("%")[0]).version == 4 else host.replace("%", "%25")
+
+
+class _AddMetadata(
+    grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor, grpc.StreamUnaryClientInterceptor
+):
+    """Adds to the metadata of every call; call credentials would not travel without TLS."""
+
+    def __init__(self, more: Callable[[], Metadata]) -> None:
+        self._more = more
+
+    def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        return continuation(self._extended(client_call_details), request)
+
+    def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        return continuation(self._extended(client_call_details), request)
+
+    def intercept_stream_unary(self, continuation: Any, client_call_details: Any, request_iterator: Any) -> Any:
+        return continuation(self._extended(client_call_details), request_iterator)
+
+    def _extended(self, details: Any) -> Any:
+        return details._replace(metadata=(*(details.metadata or ()), *self._more()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConnectionProblem:
+    """Why no call can be made: ``what`` the teacher does, and what to do. ``lasting``: waiting does not help."""
+
+    words: tuple[str, ...]
+    what: str
+    fix: str
+    lasting: bool = True
+
+
+def connection_problem(details: str | None) -> ConnectionProblem | None:
+    """What gRPC's words about a failed connection mean; None where they say no more than that."""
+    return next((each for each in _PROBLEMS if all(word in (details or "") for word in each.words)), None)
+
+
+STARTING = ConnectionProblem(
+    words=("backend unhealthy",),
+    what="is starting or stopping",
+    fix="Wait until it serves; its log says how far it is.",
+    lasting=False,
+)
+_PROBLEMS = (
+    STARTING,
+    ConnectionProblem(
+        words=("CERTIFICATE_VERIFY_FAILED", "expired"),
+        what="shows a certificate that has expired",
+        fix="Renew the teacher's certificate and start it again.",
+    ),
+    ConnectionProblem(
+        words=("CERTIFICATE_VERIFY_FAILED",),
+        what="shows a certificate that no authority trusted here has signed",
+        fix="Set SMOOTHKD_TEACHER_TLS_CA on this side to the certificate of the authority that signed the teacher's.",
+    ),
+    ConnectionProblem(
+        words=("Hostname Verification",),
+        what="shows a certificate for another name",
+        fix="Ask for the teacher by a name in its certificate, or issue one that names this host or address.",
+    ),
+    ConnectionProblem(
+        words=("WRONG_VERSION_NUMBER",),
+        what="speaks no TLS, but this side wants it",
+        fix="Start the teacher with SMOOTHKD_TEACHER_TLS_CERTIFICATE and _KEY, or unset tls:// and the certificates "
+        "here.",
+    ),
+    ConnectionProblem(
+        words=("last error", "Socket closed"),
+        what="hangs up before a call can be made, as one does that wants TLS or a student's certificate",
+        fix="Where the teacher uses TLS, set SMOOTHKD_TEACHER_TLS_CA here; where it demands certificates of students, "
+        "SMOOTHKD_TEACHER_TLS_CERTIFICATE and _KEY too, signed by an authority that it trusts.",
+        # So does one that is just being killed.
+        lasting=False,
+    ),
+)
