@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from dashboard.render.spans import count_outside, marked_html
-from dashboard.render.words import METRIC_MEANINGS, metric_title
+from services.contract.metric_words import MEANINGS, metric_title
 from services.contract.records import CaseOutput, CaseStudy
 
 
@@ -67,7 +67,7 @@ def _output_html(output: CaseOutput, *, setting: str, colour: str) -> str:
 
 def _scores_html(scores: Mapping[str, float]) -> str:
     return "".join(
-        f'<span title="{escape(METRIC_MEANINGS.get(name, name))}">{escape(metric_title(name))} '
+        f'<span title="{escape(MEANINGS.get(name, name))}">{escape(metric_title(name))} '
         f"<strong>{value:.1f}</strong></span>"
         for name, value in scores.items()
     )

@@ -7,7 +7,8 @@ from html import escape
 from itertools import groupby
 
 from dashboard.render.colours import method_colours
-from dashboard.render.words import METRIC_MEANINGS, mean_std, metric_title
+from dashboard.render.words import mean_std
+from services.contract.metric_words import MEANINGS, metric_title
 from services.contract.records import Summary, SummaryCell, SummaryRow
 
 Column = tuple[str, str]
@@ -36,7 +37,7 @@ def summary_table_html(summary: Summary) -> str:
         for benchmark, members in groupby(columns, key=lambda column: column[0])
     )
     metrics = "".join(
-        f'<th title="{escape(METRIC_MEANINGS.get(metric, metric))}">{escape(metric_title(metric))}</th>'
+        f'<th title="{escape(MEANINGS.get(metric, metric))}">{escape(metric_title(metric))}</th>'
         for _, metric in columns
     )
     body = "".join(_row_html(row, columns, colour=colours[row.method]) for row in summary.rows)
@@ -159,7 +160,7 @@ def _tile(summary: Summary, column: Column, colours: dict[str, str]) -> str:
     else:
         compared = f"{cell.mean - baseline.mean:+.2f} against SFT ({mean_std(baseline.mean, baseline.std)})"
     benchmark, metric = column
-    meaning = escape(METRIC_MEANINGS.get(metric, ""))
+    meaning = escape(MEANINGS.get(metric, ""))
     return (
         f'<div class="sk-tile" style="--method:{colours[row.method]}" title="{meaning}">'
         f'<span class="sk-dim">{escape(benchmark)} · {escape(metric_title(metric))}</span>'

@@ -8,17 +8,6 @@ from services.contract.errors import SmoothKDError
 from services.contract.records import Problem, RunRecord
 from services.contract.states import State
 
-METRIC_TITLES = {
-    "rouge_l": "ROUGE-L",
-    "support": "Support",
-    "acc_norm": "Accuracy (norm.)",
-}
-METRIC_MEANINGS = {
-    "rouge_l": "Overlap with the reference summary: F-measure of the longest common subsequence, 0-100.",
-    "support": "Share of the output's checkable words, names and numbers that the source contains, 0-100.",
-    "acc_norm": "Share of questions answered rightly, by length-normalised likelihood, 0-100.",
-}
-
 
 def run_label(run: RunRecord) -> str:
     """Method, learning rate, batch size and seed: unique within a sweep."""
@@ -29,10 +18,6 @@ def run_setting(run: RunRecord) -> str:
     """What sets a run apart from the others of its method."""
     spec = run.spec
     return f"lr {spec.learning_rate!r} · bs {spec.batch_size} · seed {spec.seed}"
-
-
-def metric_title(metric: str) -> str:
-    return METRIC_TITLES.get(metric, metric)
 
 
 def mean_std(mean: float | None, std: float | None) -> str:

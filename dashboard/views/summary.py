@@ -12,8 +12,9 @@ from dashboard.render.summary_table import (
     summary_markdown,
     summary_table_html,
 )
-from dashboard.render.words import METRIC_MEANINGS, metric_title, state_counts
+from dashboard.render.words import state_counts
 from dashboard.session import choose_sweep, client
+from services.contract.metric_words import MEANINGS, metric_title
 from services.contract.records import Summary, SweepRecord
 from services.contract.states import ENDED
 
@@ -82,7 +83,7 @@ def draw_charts(summary: Summary) -> None:
     columns = st.columns(2, gap="large")
     for place, (benchmark, metric) in enumerate(drawn):
         with columns[place % 2]:
-            st.markdown(f"**{benchmark} · {metric_title(metric)}**", help=METRIC_MEANINGS.get(metric))
+            st.markdown(f"**{benchmark} · {metric_title(metric)}**", help=MEANINGS.get(metric))
             chart = column_chart(summary, (benchmark, metric))
             st.altair_chart(chart, width="stretch", key=f"chart-{benchmark}-{metric}")
 

@@ -9,6 +9,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from services.contract.api_client import ApiClient
+from services.contract.metric_words import metric_title
 from services.contract.records import RunRecord, Summary, SummaryCell
 from services.contract.settings import Settings, load_settings
 from services.contract.spec import SweepSpec
@@ -23,7 +24,6 @@ STATE_STYLE = {
     State.CANCELLED: "yellow",
     State.SKIPPED: "yellow",
 }
-METRIC_TITLES = {"rouge_l": "ROUGE-L", "support": "support %", "acc_norm": "acc_norm"}
 
 
 def client() -> ApiClient:
@@ -146,7 +146,7 @@ def summary_table(summary: Summary) -> Table:
     columns = list(dict.fromkeys((cell.benchmark, cell.metric) for row in summary.rows for cell in row.cells))
     table = Table("method", "runs", title="SFT against KD", title_justify="left")
     for benchmark, metric in columns:
-        table.add_column(f"{benchmark}\n{METRIC_TITLES.get(metric, metric)}", justify="right")
+        table.add_column(f"{benchmark}\n{metric_title(metric)}", justify="right")
     for row in summary.rows:
         cells = {(cell.benchmark, cell.metric): cell for cell in row.cells}
         shown = [_cell_text(cells.get(column)) for column in columns]

@@ -1,0 +1,45 @@
+"""How metrics are called and what they say, wherever a person reads them."""
+
+TITLES = {
+    "rouge_l": "ROUGE-L",
+    "support": "Support",
+    "consistency": "Consistency",
+    "factual_rate": "Factual rate",
+    "factual_consistency": "Factual consistency",
+    "entailment": "Entailment",
+    "chrf": "chrF",
+    "meteor": "METEOR",
+    "bertscore": "BERTScore",
+    "self_consistency": "Self-consistency",
+    "acc": "Accuracy",
+    "acc_norm": "Accuracy (norm.)",
+    "exact_match": "Exact match",
+    "f1": "F1",
+    "unsupported_words": "Unsupported words",
+}
+MEANINGS = {
+    "rouge_l": "Overlap with the reference summary: F-measure of the longest common subsequence, 0-100.",
+    "support": "Share of the output's checkable words, names and numbers that the source contains, 0-100.",
+    "consistency": "How consistent the summary is with its source, by the embedded consistency network, 0-100.",
+    "factual_rate": "Share of the output's windows that the Lookback Lens judges factual, 0-100.",
+    "factual_consistency": "How consistent the summary is with its source, by Vectara's HHEM, 0-100.",
+    "entailment": "How far the source entails the summary, by an NLI cross-encoder, 0-100.",
+    "chrf": "Overlap with the reference in character n-grams, 0-100.",
+    "meteor": "Overlap with the reference in words, stems and their order, 0-100.",
+    "bertscore": "Likeness of output and reference by an encoder's word vectors, 0-100.",
+    "self_consistency": "How far further samples of the same model agree with the output, 0-100.",
+    "acc": "Share of questions answered rightly, by likelihood, 0-100.",
+    "acc_norm": "Share of questions answered rightly, by length-normalised likelihood, 0-100.",
+    "exact_match": "Share of questions whose answer is the reference's words, 0-100.",
+    "f1": "Overlap of the answer's words with the reference's, 0-100.",
+    "unsupported_words": "Share of the output's words that a marked span touches, 0-100; lower is better.",
+}
+FAITHFULNESS = ("support", "consistency", "factual_rate", "factual_consistency", "entailment", "self_consistency")
+"""Metrics that say how little is made up; higher is better."""
+ACCURACY = ("acc_norm", "acc")
+"""Metrics of general ability, by multiple choice; the first that a benchmark has counts."""
+
+
+def metric_title(metric: str) -> str:
+    """The name that readers know a metric by; its own name where it has no other."""
+    return TITLES.get(metric, metric)
