@@ -51,7 +51,7 @@ def check_scored(
             fix=_FIX,
         )
     positions = len(sequence.label_positions)
-    shapes = {"token_logprobs": (positions,)}
+    shapes: dict[str, tuple[int, ...]] = {"token_logprobs": (positions,)}
     if options.encoding == "projected":
         assert student_head is not None, "the client asked for labels that are means of its head's rows"
         shapes["embedding"] = (positions, student_head.head.weight_VD.shape[1])

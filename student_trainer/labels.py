@@ -16,10 +16,26 @@ import torch
 
 from services.contract.errors import CancelledError
 from services.contract.sequences import LabelOptions, TokenSequence
-from services.contract.soft_labels import Array, ExactLabels, FullLabels, ScoredSequence, SoftLabels, TopKLabels
+from services.contract.soft_labels import (
+    Array,
+    ExactLabels,
+    FullLabels,
+    ProjectedLabels,
+    SampledLabels,
+    ScoredSequence,
+    SoftLabels,
+    TopKLabels,
+)
 from student_trainer.data import Example
-from student_trainer.loss import ExactTargets, FullTargets, SoftTargets, TopKTargets
 from student_trainer.output_head import OutputHead
+from student_trainer.targets import (
+    ExactTargets,
+    FullTargets,
+    ProjectedTargets,
+    SampledTargets,
+    SoftTargets,
+    TopKTargets,
+)
 from student_trainer.teacher_client import TeacherClient
 
 REQUESTS_AT_ONCE = 4
@@ -112,6 +128,15 @@ def soft_targets(labels: Sequence[SoftLabels], *, teacher_head: OutputHead | Non
             logprobs_NK=_join([part.logprobs_NK for part in top_k], device),
             tail_mass_N=_join([part.tail_mass_N for part in top_k], device),
         )
+    if isinstance(labels[0], SampledLabels):
+        return _sampled_targets(_all_of(SampledLabels, labels), device)
+    if isinstance(labels[0], ProjectedLabels):
+        projected = _all_of(ProjectedLabels, labels)
+        biases = [part.bias_N for part in projected if part.bias_N is not None]
+        return ProjectedTargets(
+            embedding_ND=_join([part.embedding_NS for part in projected], device),
+            bias_N=_join(biases, device) if biases else None,
+        )
     full = _all_of(FullLabels, labels)
     return FullTargets(logprobs_NV=_join([part.logprobs_NV for part in full], device))
 
@@ -123,7 +148,20 @@ def as_tensor(array: Array) -> torch.Tensor:
     return torch.from_numpy(array)
 
 
-Labels = TypeVar("Labels", ExactLabels, TopKLabels, FullLabels)
+def _sampled_targets(labels: Sequence[SampledLabels], device: torch.device) -> SampledTargets:
+    lengths_N = np.concatenate([part.lengths_N for part in labels]).astype(np.int64)
+    counts_M = np.concatenate([part.counts_M for part in labels]).astype(np.float32)
+    offsets = np.concatenate([[0], lengths_N.cumsum()])
+    rows_M = np.repeat(np.arange(len(lengths_N)), lengths_N)
+    draws_N = np.bincount(rows_M, weights=counts_M, minlength=len(lengths_N))
+    return SampledTargets(
+        ids_M=_join([part.ids_M for part in labels], device).long(),
+        weights_M=torch.from_numpy((counts_M / draws_N[rows_M]).astype(np.float32)).to(device, non_blocking=True),
+        offsets=offsets.tolist(),
+    )
+
+
+Labels = TypeVar("Labels", ExactLabels, TopKLabels, FullLabels, SampledLabels, ProjectedLabels)
 
 
 def _all_of(kind: type[Labels], labels: Sequence[SoftLabels]) -> list[Labels]:

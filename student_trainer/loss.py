@@ -5,12 +5,13 @@
 summed over response tokens, with student logits z_s, teacher logits z_t and the token y that stands there ("Smoothing
 Out Hallucinations", Nguyen et al. 2025, equations 1 to 3, at T = 1; T^2 as in arXiv:1503.02531). Per token, with m the
 mass of the teacher's label, L is (1 + alpha*m) * logsumexp(z_s) - z_s[y] - alpha * sum_v p_t[v] * z_s[v] at T = 1.
+Other divergences can take the place of the second CE: see student_trainer/divergences.py.
 
 Logits exist for one chunk of positions at a time: gradients are formed in the forward pass, so that no tensor of all
 positions by the vocabulary is ever made, neither the student's nor the teacher's.
 
 Shape suffixes: N response positions, C positions of one chunk, D the student's hidden size, E the teacher's, V the
-vocabulary without padding rows, R rows of the head with them, K kept tokens.
+vocabulary without padding rows, R rows of the head with them.
 """
 
 from dataclasses import dataclass
@@ -20,42 +21,28 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from services.contract.distillation_spec import Divergence
+from services.contract.errors import UnsupportedError
+from student_trainer.chunk_loss import (
+    DenseLabel,
+    Label,
+    ProjectedLabel,
+    SampledLabel,
+    Terms,
+    TopKLabel,
+    fastest_chunk_loss,
+)
 from student_trainer.output_head import OutputHead, project
-
-MIN_TAIL_MASS = 1e-6
-"""A ghost bucket below this mass is dropped: the logarithm of what the student leaves for it is mostly rounding."""
+from student_trainer.targets import (
+    ExactTargets,
+    FullTargets,
+    ProjectedTargets,
+    SampledTargets,
+    SoftTargets,
+    TopKTargets,
+)
 
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ExactTargets:
-    """The teacher's final hidden states and the head that turns them into its logits."""
-
-    hidden_NE: Tensor
-    head: OutputHead
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class TopKTargets:
-    """The teacher's likeliest tokens at the loss's temperature and the mass of all others, one ghost bucket.
-
-    ``ids_NK`` int64; ``logprobs_NK`` under the full softmax; ``tail_mass_N``.
-    """
-
-    ids_NK: Tensor
-    logprobs_NK: Tensor
-    tail_mass_N: Tensor
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class FullTargets:
-    """The teacher's log-probabilities of the whole vocabulary at temperature 1."""
-
-    logprobs_NV: Tensor
-
-
-SoftTargets = ExactTargets | TopKTargets | FullTargets
 
 
 class LossSums(NamedTuple):
@@ -79,30 +66,61 @@ def distillation_loss(
     targets: SoftTargets | None = None,
     alpha: float = 0.0,
     temperature: float = 1.0,
+    divergence: Divergence = "cross_entropy",
+    beta: float = 0.5,
     chunk_size: int | None = None,
     matmul_dtype: torch.dtype | None = None,
 ) -> LossSums:
     """The loss of N response positions, in nats; without ``targets`` the soft term is 0 (supervised fine-tuning).
 
     ``hidden_ND``: the student's final hidden states from which ``token_ids_N`` are predicted. Gradients reach the
-    hidden states and the head's weight and bias, once: the graph cannot be walked twice. ``chunk_size``: positions
-    whose logits exist at a time. ``matmul_dtype``: precision of the products with the heads, the hidden states' own by
-    default; sums and softmaxes are float32, or float64 where the hidden states are.
+    hidden states and the head's weight and bias, once: the graph cannot be walked twice. Divergences other than
+    cross_entropy need targets that give the whole distribution. ``chunk_size``: positions whose logits exist at a
+    time. ``matmul_dtype``: precision of the products with the heads, the hidden states' own by default; sums and
+    softmaxes are float32, or float64 where the hidden states are.
+
+    UnsupportedError for projected targets of a head that is trained, or whose logits are capped.
     """
+    matmul_dtype = matmul_dtype or hidden_ND.dtype
+    if isinstance(targets, ProjectedTargets):
+        _require_projectable(head)
+    assert divergence == "cross_entropy" or isinstance(targets, ExactTargets | FullTargets | None)
     job = _Job(
         token_ids_N=token_ids_N,
         targets=targets,
-        logit_scale=head.logit_scale,
-        soft_cap=head.soft_cap,
         vocab_size=vocab_size,
-        alpha=alpha,
-        temperature=temperature,
+        terms=Terms(
+            alpha=alpha,
+            temperature=temperature,
+            logit_scale=head.logit_scale,
+            soft_cap=head.soft_cap,
+            dtype=torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32,
+            # float16 flushes gradients below 6e-8 to zero, and most of a large vocabulary's are smaller.
+            grad_dtype=torch.float32 if matmul_dtype == torch.float16 else matmul_dtype,
+            divergence=divergence,
+            beta=beta,
+        ),
         chunk_size=chunk_size or _chunk_size(hidden_ND.device, vocab_size=vocab_size),
-        matmul_dtype=matmul_dtype or hidden_ND.dtype,
+        matmul_dtype=matmul_dtype,
         wants_gradients=torch.is_grad_enabled(),
     )
     total, hard, soft = _FusedLoss.apply(hidden_ND, head.weight_RD, head.bias_R, job)
     return LossSums(total=total, hard=hard, soft=soft, tokens=len(token_ids_N))
+
+
+def _require_projectable(head: OutputHead) -> None:
+    """The labels are means of the head as it was when the teacher got it, and of logits that are linear in it."""
+    if head.soft_cap:
+        raise UnsupportedError(
+            f"projected labels cannot be used with a student whose logits are capped at {head.soft_cap:g}",
+            fix="Set distillation.labels.encoding to exact.",
+        )
+    if head.weight_RD.requires_grad or (head.bias_R is not None and head.bias_R.requires_grad):
+        raise UnsupportedError(
+            "projected labels need a student whose output head is frozen, and this one is trained",
+            fix="Train adapters (student.lora) that leave the output head alone, or set "
+            "distillation.labels.encoding to exact.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -111,11 +129,8 @@ class _Job:
 
     token_ids_N: Tensor
     targets: SoftTargets | None
-    logit_scale: float
-    soft_cap: float
     vocab_size: int
-    alpha: float
-    temperature: float
+    terms: Terms
     chunk_size: int
     matmul_dtype: torch.dtype
     wants_gradients: bool
@@ -130,48 +145,26 @@ class _FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, weight_RD: Tensor, bias_R: Tensor | None, job: _Job) -> tuple[Tensor, ...]:
-        sums_dtype = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
-        wants = [job.wants_gradients and wanted for wanted in ctx.needs_input_grad[:3]]
-        hidden_grad_ND = torch.empty_like(hidden_ND) if wants[0] else None
-        # Sums of many chunks: bfloat16 would lose the small ones.
-        weight_grad_RD = torch.zeros_like(weight_RD, dtype=sums_dtype) if wants[1] else None
-        bias_grad_R = torch.zeros_like(bias_R, dtype=sums_dtype) if wants[2] and bias_R is not None else None
-        hard, soft = hidden_ND.new_zeros(2, dtype=sums_dtype).unbind()
-
+        wanted = [job.wants_gradients and needed for needed in ctx.needs_input_grad[:3]]
+        dense = job.targets is None or isinstance(job.targets, ExactTargets | FullTargets)
+        loss_of = fastest_chunk_loss(job.terms, device=hidden_ND.device, dense=dense)
+        hard, soft = hidden_ND.new_zeros(2, dtype=job.terms.dtype).unbind()
         with torch.autocast(hidden_ND.device.type, enabled=False):
             weight_VD = weight_RD[: job.vocab_size].to(job.matmul_dtype)
             bias_V = None if bias_R is None else bias_R[: job.vocab_size]
-            # float16 flushes gradients below 6e-8 to zero, and most of a large vocabulary's are smaller.
-            grad_dtype = torch.float32 if job.matmul_dtype == torch.float16 else job.matmul_dtype
-            grad_weight_VD = weight_VD.to(grad_dtype)
-            teacher = _TeacherChunks(job, sums_dtype)
+            labels = _Labels(job, hidden_ND)
+            gradients = _Gradients(job, hidden_ND, weight_RD, bias_R, weight_VD=weight_VD, wanted=wanted)
             for start in range(0, len(hidden_ND), job.chunk_size):
-                rows = slice(start, start + job.chunk_size)
+                rows = slice(start, min(start + job.chunk_size, len(hidden_ND)))
                 hidden_CD = hidden_ND[rows].to(job.matmul_dtype)
-                logits_CV = project(hidden_CD, weight_VD, bias_V, job.logit_scale, job.soft_cap, sums_dtype)
-                hard_C, soft_C, grad_CV = _chunk_loss(logits_CV, rows, job, teacher)
+                ids_C = job.token_ids_N[rows]
+                hard_C, soft_C, grad_CV = loss_of(hidden_CD @ weight_VD.T, bias_V, ids_C, labels.of(rows))
                 hard = hard + hard_C.sum()
                 soft = soft + soft_C.sum()
-                if not any(wants):
-                    continue
-                if job.soft_cap:
-                    grad_CV *= 1 - (logits_CV / job.soft_cap).square_()
-                if job.logit_scale != 1.0:
-                    grad_CV *= job.logit_scale
-                if bias_grad_R is not None:
-                    bias_grad_R[: job.vocab_size] += grad_CV.sum(dim=0)
-                grad_CV = grad_CV.to(grad_dtype)
-                if hidden_grad_ND is not None:
-                    hidden_grad_ND[rows] = (grad_CV @ grad_weight_VD).to(hidden_grad_ND.dtype)
-                if weight_grad_RD is not None:
-                    _add_product(weight_grad_RD[: job.vocab_size], grad_CV.T, hidden_CD.to(grad_dtype))
-
-        ctx.gradients = [
-            None if grad is None or of is None else grad.to(of.dtype)
-            for grad, of in ((hidden_grad_ND, hidden_ND), (weight_grad_RD, weight_RD), (bias_grad_R, bias_R))
-        ]
+                gradients.add(rows, hidden_CD, grad_CV)
+        ctx.gradients = gradients.in_their_own_types()
         ctx.mark_non_differentiable(hard, soft)
-        return hard + job.alpha * soft, hard, soft
+        return hard + job.terms.alpha * soft, hard, soft
 
     @staticmethod
     @once_differentiable
@@ -181,87 +174,109 @@ class _FusedLoss(torch.autograd.Function):
         return *(None if gradient is None else gradient.mul_(grad_total) for gradient in gradients), None
 
 
+class _Labels:
+    """Each chunk's share of the targets; of exact ones the teacher's logits."""
+
+    def __init__(self, job: _Job, hidden_ND: Tensor) -> None:
+        self._job = job
+        targets = job.targets
+        if isinstance(targets, ExactTargets):
+            self._weight_VE = targets.head.weight_RD[: job.vocab_size].to(job.matmul_dtype)
+            bias_R = targets.head.bias_R
+            self._bias_V = None if bias_R is None else bias_R[: job.vocab_size]
+        elif isinstance(targets, ProjectedTargets):
+            dtype = job.terms.dtype
+            # The hidden states as the products with the head see them.
+            rounded_ND = hidden_ND.detach().to(job.matmul_dtype).to(dtype)
+            mean_N = torch.linalg.vecdot(rounded_ND, targets.embedding_ND.to(dtype))
+            if targets.bias_N is not None:
+                mean_N = mean_N + targets.bias_N.to(dtype)
+            self._mean_logit_N = mean_N * job.terms.logit_scale
+
+    def of(self, rows: slice) -> Label | None:
+        job, targets, dtype = self._job, self._job.targets, self._job.terms.dtype
+        if targets is None:
+            return None
+        if isinstance(targets, ExactTargets):
+            head, hidden_CE = targets.head, targets.hidden_NE[rows].to(job.matmul_dtype)
+            return DenseLabel(project(hidden_CE, self._weight_VE, self._bias_V, head.logit_scale, head.soft_cap, dtype))
+        if isinstance(targets, FullTargets):
+            return DenseLabel(targets.logprobs_NV[rows, : job.vocab_size].to(dtype))
+        if isinstance(targets, TopKTargets):
+            return TopKLabel(
+                targets.ids_NK[rows], targets.logprobs_NK[rows].to(dtype).exp(), targets.tail_mass_N[rows].to(dtype)
+            )
+        if isinstance(targets, SampledTargets):
+            return _sampled_label(targets, rows, dtype=dtype)
+        return ProjectedLabel(self._mean_logit_N[rows])
+
+
+def _sampled_label(targets: SampledTargets, rows: slice, *, dtype: torch.dtype) -> SampledLabel:
+    offsets = targets.offsets[rows.start : rows.stop + 1]
+    entries = slice(offsets[0], offsets[-1])
+    ids_M = targets.ids_M[entries]
+    lengths_C = torch.tensor(offsets).diff().to(ids_M.device)
+    rows_M = torch.repeat_interleave(lengths_C, output_size=len(ids_M))
+    return SampledLabel(rows_M, ids_M, targets.weights_M[entries].to(dtype))
+
+
+class _Gradients:
+    """The gradients on hidden states, weight and bias as chunks add to them; None where they are not ``wanted``."""
+
+    def __init__(
+        self,
+        job: _Job,
+        hidden_ND: Tensor,
+        weight_RD: Tensor,
+        bias_R: Tensor | None,
+        *,
+        weight_VD: Tensor,
+        wanted: list[bool],
+    ) -> None:
+        self._job = job
+        self._dtypes = [hidden_ND.dtype, weight_RD.dtype, None if bias_R is None else bias_R.dtype]
+        self._hidden_ND = torch.empty_like(hidden_ND) if wanted[0] else None
+        # Sums of many chunks: bfloat16 would lose the small ones.
+        sums_dtype = job.terms.dtype
+        self._weight_RD = torch.zeros_like(weight_RD, dtype=sums_dtype) if wanted[1] else None
+        self._bias_R = torch.zeros_like(bias_R, dtype=sums_dtype) if wanted[2] and bias_R is not None else None
+        self._head_VD = weight_VD.to(job.terms.grad_dtype) if wanted[0] else weight_VD
+
+    def add(self, rows: slice, hidden_CD: Tensor, grad_CV: Tensor) -> None:
+        if self._bias_R is not None:
+            self._bias_R[: self._job.vocab_size] += grad_CV.sum(dim=0, dtype=self._bias_R.dtype)
+        if self._hidden_ND is not None:
+            self._hidden_ND[rows] = self._on_hidden(rows, grad_CV).to(self._hidden_ND.dtype)
+        if self._weight_RD is not None:
+            _add_product(self._weight_RD[: self._job.vocab_size], grad_CV.T, hidden_CD.to(grad_CV.dtype))
+
+    def in_their_own_types(self) -> list[Tensor | None]:
+        gradients = (self._hidden_ND, self._weight_RD, self._bias_R)
+        return [
+            None if gradient is None else gradient.to(dtype)
+            for gradient, dtype in zip(gradients, self._dtypes, strict=True)
+        ]
+
+    def _on_hidden(self, rows: slice, grad_CV: Tensor) -> Tensor:
+        targets, terms = self._job.targets, self._job.terms
+        if not isinstance(targets, ProjectedTargets):
+            return grad_CV @ self._head_VD
+        # Two mean rows, almost equal near the end of training: their difference is taken before anything is rounded.
+        through_logits_CD = _unrounded_product(grad_CV, self._head_VD, terms.dtype)
+        strength = terms.alpha * terms.temperature * terms.logit_scale
+        return through_logits_CD.sub_(targets.embedding_ND[rows].to(terms.dtype), alpha=strength)
+
+
+def _unrounded_product(left_CV: Tensor, right_VD: Tensor, dtype: torch.dtype) -> Tensor:
+    if left_CV.dtype == dtype:
+        return left_CV @ right_VD
+    if left_CV.is_cuda:
+        return torch.mm(left_CV, right_VD, out_dtype=dtype)
+    return left_CV.to(dtype) @ right_VD.to(dtype)
+
+
 def _add_product(sum_VD: Tensor, left_VC: Tensor, right_CD: Tensor) -> None:
     if left_VC.dtype == sum_VD.dtype:
         sum_VD.addmm_(left_VC, right_CD)
     else:
         sum_VD += left_VC @ right_CD
-
-
-def _chunk_loss(logits_CV: Tensor, rows: slice, job: _Job, teacher: "_TeacherChunks") -> tuple[Tensor, Tensor, Tensor]:
-    """Hard and soft loss per position, and the gradient of hard + alpha * soft on the (capped) logits."""
-    ids_C1 = job.token_ids_N[rows].unsqueeze(1)
-    norm_C = torch.logsumexp(logits_CV, dim=1)
-    hard_C = norm_C - logits_CV.gather(1, ids_C1).squeeze(1)
-    grad_CV = torch.sub(logits_CV, norm_C.unsqueeze(1)).exp_()
-    soft_C = torch.zeros_like(hard_C)
-    if job.targets is not None:
-        soft_C = teacher.add_soft_loss(logits_CV, norm_C, grad_CV, rows)
-    grad_CV.scatter_add_(1, ids_C1, torch.full_like(ids_C1, -1, dtype=grad_CV.dtype))
-    return hard_C, soft_C, grad_CV
-
-
-class _TeacherChunks:
-    """The soft term of each chunk, from whichever labels there are."""
-
-    def __init__(self, job: _Job, dtype: torch.dtype) -> None:
-        self.job = job
-        self.dtype = dtype
-        if isinstance(job.targets, ExactTargets):
-            head = job.targets.head
-            self.weight_VE = head.weight_RD[: job.vocab_size].to(job.matmul_dtype)
-            self.bias_V = None if head.bias_R is None else head.bias_R[: job.vocab_size]
-
-    def add_soft_loss(self, logits_CV: Tensor, norm_C: Tensor, grad_CV: Tensor, rows: slice) -> Tensor:
-        """Soft loss per position; its gradient, times alpha, is added to ``grad_CV``, which holds softmax(logits).
-
-        The gradient on the logits is T * (m * softmax(logits / T) - p), with p the label and m its mass.
-        """
-        job = self.job
-        heat = job.temperature
-        if heat == 1:
-            heated_CV, probs_CV = logits_CV, grad_CV
-        else:
-            heated_CV = logits_CV / heat
-            norm_C = torch.logsumexp(heated_CV, dim=1)
-            probs_CV = torch.sub(heated_CV, norm_C.unsqueeze(1)).exp_()
-        if isinstance(job.targets, TopKTargets):
-            return self._add_top_k(heated_CV, norm_C, probs_CV, grad_CV, rows)
-        label_CV = self._dense_label(rows)
-        soft_C: Tensor = heat**2 * (norm_C - torch.linalg.vecdot(label_CV, heated_CV))
-        # probs_CV may be grad_CV itself: it is used up before the label is taken off.
-        grad_CV.add_(probs_CV, alpha=job.alpha * heat).sub_(label_CV, alpha=job.alpha * heat)
-        return soft_C
-
-    def _dense_label(self, rows: slice) -> Tensor:
-        targets, heat = self.job.targets, self.job.temperature
-        if isinstance(targets, ExactTargets):
-            hidden_CE = targets.hidden_NE[rows].to(self.job.matmul_dtype)
-            head = targets.head
-            scores_CV = project(hidden_CE, self.weight_VE, self.bias_V, head.logit_scale, head.soft_cap, self.dtype)
-        else:
-            assert isinstance(targets, FullTargets)
-            scores_CV = targets.logprobs_NV[rows, : self.job.vocab_size].to(self.dtype)
-        return torch.softmax(scores_CV if heat == 1 else scores_CV / heat, dim=1)
-
-    def _add_top_k(self, heated_CV: Tensor, norm_C: Tensor, probs_CV: Tensor, grad_CV: Tensor, rows: slice) -> Tensor:
-        """sum_K p log q + tail * log(1 - Q_K), negated: the tail keeps its mass, spread as the student spreads it."""
-        targets, heat = self.job.targets, self.job.temperature
-        assert isinstance(targets, TopKTargets)
-        strength = self.job.alpha * heat
-        ids_CK = targets.ids_NK[rows]
-        label_CK = targets.logprobs_NK[rows].to(self.dtype).exp()
-        tail_C = targets.tail_mass_N[rows].to(self.dtype)
-        tail_C = tail_C.masked_fill(tail_C < MIN_TAIL_MASS, 0.0)
-        mass_C = label_CK.sum(dim=1) + tail_C
-
-        off_CV = heated_CV.scatter(1, ids_CK, -torch.inf)
-        # Infinity where there is no bucket makes every exp below 0 instead of 0 / 0.
-        off_norm_C = torch.logsumexp(off_CV, dim=1).masked_fill(tail_C == 0, torch.inf)
-        kept_C = (label_CK * heated_CV.gather(1, ids_CK)).sum(dim=1)
-        soft_C = mass_C * norm_C - kept_C - torch.where(tail_C > 0, tail_C * off_norm_C, 0.0)
-
-        grad_CV.addcmul_(probs_CV, mass_C.unsqueeze(1), value=strength)
-        grad_CV.scatter_add_(1, ids_CK, label_CK * -strength)
-        grad_CV.addcmul_(off_CV.sub_(off_norm_C.unsqueeze(1)).exp_(), tail_C.unsqueeze(1), value=-strength)
-        return heat**2 * soft_C

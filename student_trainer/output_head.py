@@ -38,7 +38,14 @@ def project(
     dtype: torch.dtype,
 ) -> Tensor:
     """Logits of one chunk in ``dtype``, from weights and bias without padding rows."""
-    logits_CV = (hidden_CD @ weight_VD.T).to(dtype)
+    return shape_logits(hidden_CD @ weight_VD.T, bias_V, logit_scale, soft_cap, dtype)
+
+
+def shape_logits(
+    products_CV: Tensor, bias_V: Tensor | None, logit_scale: float, soft_cap: float, dtype: torch.dtype
+) -> Tensor:
+    """What happens to hidden @ weight.T before a softmax; the products may be overwritten."""
+    logits_CV = products_CV.to(dtype)
     if bias_V is not None:
         logits_CV += bias_V.to(dtype)
     if logit_scale != 1.0:

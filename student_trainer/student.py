@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from services.contract.distillation_spec import StudentSpec
 from services.contract.errors import UnsupportedError
 from services.contract.settings import Settings
-from services.contract.spec import StudentSpec
 from services.models.logit_shape import logit_scale, soft_cap
 from services.models.resolve import resolve_model
 from student_trainer.output_head import OutputHead, output_logits

@@ -19,9 +19,10 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from services.contract.errors import TrainingError
 from student_trainer.data import Example, collate
 from student_trainer.labels import LabelPrefetcher, soft_targets
-from student_trainer.loss import LossSums, SoftTargets, distillation_loss
+from student_trainer.loss import LossSums, distillation_loss
 from student_trainer.output_head import OutputHead
 from student_trainer.student import final_hidden_states, output_head
+from student_trainer.targets import SoftTargets
 
 STEPS_AHEAD = 4
 """Optimizer steps whose labels are asked for before they are needed."""

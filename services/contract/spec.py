@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from services.contract.distillation_spec import DistillationSpec, StudentSpec, check_student_fits_labels
 from services.contract.evaluation_spec import EvaluationSpec, Spec
 
 
@@ -32,13 +33,6 @@ class TeacherSpec(Spec):
     finetune: TeacherFinetuneSpec | None = None
 
 
-class StudentSpec(Spec):
-    """``model``: where the student's weights start from, a directory or a hub id."""
-
-    model: Annotated[str, Field(min_length=1)]
-    revision: str | None = None
-
-
 class DatasetSpec(Spec):
     """Records with databricks-dolly-15k's columns: instruction, context, response, category.
 
@@ -49,33 +43,6 @@ class DatasetSpec(Spec):
     path: Annotated[str, Field(min_length=1)]
     split: str = "train"
     limit: Annotated[int, Field(ge=1)] | None = None
-
-
-class LabelSpec(Spec):
-    """How soft labels travel: ``exact`` hidden states, ``top_k`` with exact tail mass, or ``full``.
-
-    ``path``: a directory of label files (``smoothkd labels export``); a run reads them there and asks no teacher.
-    """
-
-    encoding: Literal["exact", "top_k", "full"] = "exact"
-    k: Annotated[int, Field(ge=1, le=1024)] | None = None
-    path: Annotated[str, Field(min_length=1)] | None = None
-
-    @model_validator(mode="after")
-    def _k_belongs_to_top_k(self) -> "LabelSpec":
-        if self.encoding == "top_k" and self.k is None:
-            raise ValueError("encoding top_k needs k, for example k: 64")
-        if self.encoding != "top_k" and self.k is not None:
-            raise ValueError(f"k only goes with encoding top_k; remove k or the encoding {self.encoding}")
-        return self
-
-
-class DistillationSpec(Spec):
-    """``level`` says whose responses are learnt: the data set's (word) or the teacher's (sequence)."""
-
-    level: Literal["word", "sequence", "word+sequence"] = "word"
-    labels: LabelSpec = LabelSpec()
-    temperature: Annotated[float, Field(gt=0)] = 1.0
 
 
 def _each_once(values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -167,6 +134,7 @@ class RunSpec(Spec):
             raise ValueError(
                 f"alpha {self.alpha:g} at level {self.distillation.level} needs a teacher; name one under teacher.model"
             )
+        check_student_fits_labels(self.student, self.distillation)
         _check_micro_batch(self.training.micro_batch_size, (self.batch_size,))
         return self
 
@@ -226,6 +194,7 @@ class SweepSpec(Spec):
     @model_validator(mode="after")
     def _holds_together(self) -> "SweepSpec":
         _check_level_against_alpha(self.distillation.level, self.grid.alpha)
+        check_student_fits_labels(self.student, self.distillation)
         _check_micro_batch(self.training.micro_batch_size, self.grid.batch_size)
         needs_teacher = max(self.grid.alpha) > 0 or self.distillation.level != "word"
         if needs_teacher and self.teacher is None:

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from student_trainer.loss import ExactTargets, FullTargets, TopKTargets, distillation_loss
+from student_trainer.loss import distillation_loss
 from student_trainer.output_head import OutputHead
+from student_trainer.targets import ExactTargets, FullTargets, TopKTargets
 
 
 def plain_logits(hidden: Tensor, head: OutputHead, vocab_size: int) -> Tensor:

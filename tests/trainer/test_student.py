@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from services.contract.distillation_spec import StudentSpec
 from services.contract.errors import UnsupportedError
 from services.contract.settings import Settings
-from services.contract.spec import StudentSpec
 from services.models.tiny import make_tiny_model
 from student_trainer.data import collate, encode_examples
 from student_trainer.loss import distillation_loss
