@@ -119,15 +119,19 @@ class TeacherClient:
         HandshakeError names every difference; UnsupportedError an encoding that the teacher does not offer.
         """
         response = self._get_teacher(model_name, probe_texts=PROBE_TEXTS)
-        self._info = _teacher_info(response)
+        self._info = teacher_info(response)
         require_shared_tokenizer(tokenizer, response, encoding=encoding, encodings=self._info.encodings)
         return self._info
 
     def describe(self) -> TeacherInfo:
         """The teacher as it was at the first question; no comparison with the student."""
         if self._info is None:
-            self._info = _teacher_info(self._get_teacher("", probe_texts=()))
+            self._info = teacher_info(self._get_teacher("", probe_texts=()))
         return self._info
+
+    def introduction(self) -> pb.GetTeacherResponse:
+        """What the teacher says of itself, with the ids of PROBE_TEXTS: enough to compare tokenizers without it."""
+        return self._get_teacher(self.describe().model, probe_texts=PROBE_TEXTS)
 
     def fetch_lm_head(self) -> LmHead:
         """The teacher's output head, from disk where an earlier worker left it there."""
@@ -308,7 +312,8 @@ class TeacherClient:
         return True
 
 
-def _teacher_info(response: pb.GetTeacherResponse) -> TeacherInfo:
+def teacher_info(response: pb.GetTeacherResponse) -> TeacherInfo:
+    """A teacher's answer to GetTeacher, with names instead of numbers."""
     names = {number: name for name, number in WIRE_ENCODINGS.items()}
     return TeacherInfo(
         model=response.model,
