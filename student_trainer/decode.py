@@ -15,7 +15,8 @@ from services.contract.spec import RunSpec
 from services.datasets.reading import load_records
 from student_trainer.progress import Progress
 from student_trainer.run_directory import write_whole
-from student_trainer.teacher import Teacher, connect_teacher
+from student_trainer.teacher import open_client
+from student_trainer.teacher_client import TeacherClient
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def decode_responses(
     if path.exists():
         return path
     records = load_records(spec.dataset, offline=settings.offline)
-    teacher = connect_teacher(spec, tokenizer=tokenizer, settings=settings)
+    teacher = open_client(spec, tokenizer=tokenizer, settings=settings)
     responses: dict[int, str] = {}
     try:
         with Progress("decode", unit="prompts", total=len(records)) as progress:
@@ -53,7 +54,7 @@ def decode_responses(
                 if should_stop():
                     raise CancelledError("stopped while the teacher decoded responses")
     finally:
-        teacher.client.close()
+        teacher.close()
     lines = [
         json.dumps({**record, "response": responses[index]}, ensure_ascii=False)
         for index, record in enumerate(records)
@@ -78,10 +79,11 @@ def decode_responses(
 
 
 def _responses(
-    teacher: Teacher, records: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, spec: RunSpec
+    teacher: TeacherClient, records: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, spec: RunSpec
 ) -> Iterator[tuple[int, str]]:
     """Index and response of each record, the shortest prompts first; empty text for one that did not end in time."""
-    room = min(spec.training.max_length, teacher.info.max_length)
+    longest = teacher.describe().max_length
+    room = min(spec.training.max_length, longest)
     prompts = {index: _prompt_ids(tokenizer, record) for index, record in enumerate(records)}
     by_length = sorted(prompts, key=lambda index: len(prompts[index]))
     fitting = [index for index in by_length if len(prompts[index]) < room]
@@ -89,11 +91,9 @@ def _responses(
     for start in range(0, len(fitting), PROMPTS_AT_ONCE):
         chosen = fitting[start : start + PROMPTS_AT_ONCE]
         # One budget for the request: no prompt may outgrow the teacher, and answers beyond their own room are dropped.
-        budget = min(
-            spec.training.max_length - len(prompts[chosen[0]]), teacher.info.max_length - len(prompts[chosen[-1]])
-        )
+        budget = min(spec.training.max_length - len(prompts[chosen[0]]), longest - len(prompts[chosen[-1]]))
         asked = [Prompt(id=str(index), token_ids=prompts[index]) for index in chosen]
-        for continuation in teacher.client.generate(asked, DecodeOptions(max_new_tokens=budget)):
+        for continuation in teacher.generate(asked, DecodeOptions(max_new_tokens=budget)):
             index = int(continuation.id)
             fits = len(prompts[index]) + len(continuation.token_ids) <= spec.training.max_length
             yield index, _text(continuation, tokenizer) if fits else ""

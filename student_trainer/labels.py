@@ -27,6 +27,7 @@ from services.contract.soft_labels import (
     TopKLabels,
 )
 from student_trainer.data import Example
+from student_trainer.label_source import LabelSource
 from student_trainer.output_head import OutputHead
 from student_trainer.targets import (
     ExactTargets,
@@ -36,7 +37,6 @@ from student_trainer.targets import (
     SoftTargets,
     TopKTargets,
 )
-from student_trainer.teacher_client import TeacherClient
 
 REQUESTS_AT_ONCE = 4
 """Batches under way at the teacher; it scores sequences of several requests together."""
@@ -49,17 +49,17 @@ class _Asked:
 
 
 class LabelPrefetcher:
-    """Asks the teacher for batches in the background and hands each over when its step comes.
+    """Asks a source of labels for batches in the background and hands each over when its step comes.
 
-    What goes wrong at the teacher is raised by ``take``; ``waited_seconds`` counts the time that ``take`` waits.
-    Leaving it as a context closes the client, which ends the requests under way.
+    What goes wrong there is raised by ``take``; ``waited_seconds`` counts the time that ``take`` waits.
+    Leaving it as a context closes the source, which ends the requests under way.
     """
 
     def __init__(
-        self, client: TeacherClient, *, options: LabelOptions, should_stop: Callable[[], bool] = lambda: False
+        self, source: LabelSource, *, options: LabelOptions, should_stop: Callable[[], bool] = lambda: False
     ) -> None:
         self.waited_seconds = 0.0
-        self._client = client
+        self._source = source
         self._options = options
         self._should_stop = should_stop
         self._threads = ThreadPoolExecutor(REQUESTS_AT_ONCE, thread_name_prefix="labels")
@@ -74,7 +74,7 @@ class LabelPrefetcher:
 
     def close(self) -> None:
         """End the requests under way and the threads that make them."""
-        self._client.close()
+        self._source.close()
         self._threads.shutdown(cancel_futures=True)
 
     def request(self, examples: Sequence[Example]) -> int:
@@ -107,7 +107,7 @@ class LabelPrefetcher:
             self.waited_seconds += time.monotonic() - started
 
     def _score(self, sequences: list[TokenSequence]) -> dict[str, ScoredSequence]:
-        return {scored.id: scored for scored in self._client.score(sequences, self._options)}
+        return {scored.id: scored for scored in self._source.score(sequences, self._options)}
 
 
 def label_request(example: Example, *, id: str) -> TokenSequence:

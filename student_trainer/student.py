@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from services.contract.distillation_spec import StudentSpec
@@ -46,9 +46,11 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(max(tokenizer.get_vocab().values())) + 1
 
 
-def longest_sequence(model: PreTrainedModel) -> int | None:
+def longest_sequence(spec: StudentSpec, settings: Settings) -> int | None:
     """The most tokens that the model has positions for; None where any number will do."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    directory = resolve_model(spec.model, revision=spec.revision, settings=settings)
+    config = AutoConfig.from_pretrained(directory)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     return int(positions) if positions else None
 
 

@@ -7,13 +7,15 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from services.contract.distillation_spec import DistillationSpec
 from services.contract.lm_head import LmHead
 from services.contract.sequences import LabelOptions
 from services.contract.settings import Settings
-from services.contract.spec import DistillationSpec, RunSpec
+from services.contract.spec import RunSpec
 from services.contract.teacher_channel import teacher_access
 from student_trainer.alignment import verify_token_logprobs
 from student_trainer.data import Example
+from student_trainer.label_source import LabelSource
 from student_trainer.labels import as_tensor, label_request
 from student_trainer.output_head import OutputHead
 from student_trainer.teacher_client import TeacherClient, TeacherInfo
@@ -23,9 +25,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Teacher:
-    """``lm_head`` is there when labels are exact."""
+    """``source`` gives its labels; ``lm_head`` is there when they are exact."""
 
-    client: TeacherClient
+    source: LabelSource
     info: TeacherInfo
     options: LabelOptions
     lm_head: LmHead | None
@@ -33,7 +35,7 @@ class Teacher:
     def verify(self, example: Example) -> None:
         """LabelMismatchError unless the labels of one record fit the log-probabilities that come with them."""
         sequence = label_request(example, id="start-up")
-        (scored,) = self.client.score([sequence], self.options)
+        (scored,) = self.source.score([sequence], self.options)
         difference = verify_token_logprobs(scored, sequence, head=self.lm_head, temperature=self.options.temperature)
         log.info("labels of record %d agree with the teacher to %.1e nats", example.index, difference)
 
@@ -56,24 +58,39 @@ def connect_teacher(spec: RunSpec, *, tokenizer: PreTrainedTokenizerBase, settin
     TeacherUnavailableError where none answers, HandshakeError where it is another, UnsupportedError where it does not
     offer the encoding.
     """
+    client = open_client(spec, tokenizer=tokenizer, settings=settings)
+    try:
+        options = label_options(spec.distillation)
+        # A run that only learns the teacher's decodes needs no labels.
+        lm_head = client.fetch_lm_head() if spec.alpha > 0 and options.encoding == "exact" else None
+        return Teacher(source=client, info=client.describe(), options=options, lm_head=lm_head)
+    except BaseException:
+        client.close()
+        raise
+
+
+def open_client(spec: RunSpec, *, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> TeacherClient:
+    """A connection to the teacher that ``spec`` names, with the checks and errors of ``connect_teacher``."""
     assert spec.teacher is not None
     address = settings.resolved_teacher_address
     log.info("asking the teacher at %s for %s", address, spec.teacher.model)
     client = TeacherClient(address, access=teacher_access(settings), cache_dir=settings.data_dir / "lm_heads")
     try:
-        options = label_options(spec.distillation)
-        info = client.handshake(tokenizer, spec.teacher.model, options.encoding)
-        # A run that only learns the teacher's decodes needs no labels.
-        lm_head = client.fetch_lm_head() if spec.alpha > 0 and options.encoding == "exact" else None
+        client.handshake(tokenizer, spec.teacher.model, spec.distillation.labels.encoding)
     except BaseException:
         client.close()
         raise
-    return Teacher(client=client, info=info, options=options, lm_head=lm_head)
+    return client
 
 
 def label_options(spec: DistillationSpec) -> LabelOptions:
-    """How a run's labels travel; the server applies the temperature to top_k only."""
-    if spec.labels.encoding == "top_k":
-        assert spec.labels.k is not None
-        return LabelOptions(encoding="top_k", k=spec.labels.k, temperature=spec.temperature)
-    return LabelOptions(encoding=spec.labels.encoding)
+    """How a run's labels travel; of labels that give the whole distribution the loss applies the temperature."""
+    labels = spec.labels
+    by_server = labels.encoding not in ("exact", "full")
+    return LabelOptions(
+        encoding=labels.encoding,
+        k=labels.k or 0,
+        draws=labels.draws or 0,
+        seed=labels.seed,
+        temperature=spec.temperature if by_server else 1.0,
+    )

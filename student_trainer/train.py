@@ -12,15 +12,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from services.contract.errors import CancelledError, TrainingError
 from services.contract.records import MetricPoint
 from services.contract.settings import Settings
-from services.contract.spec import DatasetSpec, RunSpec
-from services.datasets.reading import load_records
+from services.contract.spec import RunSpec
 from student_trainer.arguments import MATMUL_DTYPES, optimizer_steps, training_arguments, training_device
-from student_trainer.data import Example, encode_examples
-from student_trainer.decode import decode_responses
+from student_trainer.data import Example
+from student_trainer.examples import load_examples
+from student_trainer.file_labels import FileLabels, teacher_in_files
 from student_trainer.labels import LabelPrefetcher
 from student_trainer.progress import Progress
 from student_trainer.run_directory import RunDirectory
-from student_trainer.student import load_student, load_tokenizer, longest_sequence, save_student, vocabulary_size
+from student_trainer.student import load_student, load_tokenizer, save_student, vocabulary_size
 from student_trainer.teacher import Teacher, connect_teacher
 from student_trainer.trainer import DistillationTrainer, Objective
 from student_trainer.watcher import Watcher, stop_on_signals
@@ -43,7 +43,7 @@ def train(
     A run that was interrupted goes on from its newest whole checkpoint, to the same weights; one that has ended is
     not trained again. ``on_metrics`` receives each step's values, ``on_progress`` the share done, 0 to 1;
     ``before_rename`` may still refuse the final model, by raising. The model is saved in the run's precision. With
-    alpha 0 and the data set's own responses no teacher is contacted.
+    alpha 0 or labels in files, and the data set's own responses, no teacher is contacted.
 
     Raises CancelledError after a checkpoint when ``should_stop`` says so, or on SIGTERM or Ctrl-C in the main thread;
     TrainingError when ``out`` holds another run, the loss or gradient is not finite, or memory runs out; TeacherError,
@@ -101,16 +101,25 @@ def _prepared(spec: RunSpec, settings: Settings, stopping: Callable[[], bool]) -
         tokenizer = load_tokenizer(spec.student, settings)
         teacher: Teacher | None = None
         if spec.alpha > 0:
-            teacher = connect_teacher(spec, tokenizer=tokenizer, settings=settings)
-            stack.callback(teacher.client.close)
-        records = load_records(_what_is_learnt(spec, tokenizer, settings, stopping), offline=settings.offline)
+            if spec.distillation.labels.path:
+                teacher = teacher_in_files(spec, tokenizer=tokenizer)
+            else:
+                teacher = connect_teacher(spec, tokenizer=tokenizer, settings=settings)
+            stack.callback(teacher.source.close)
+        examples = load_examples(
+            spec,
+            tokenizer=tokenizer,
+            settings=settings,
+            teacher_max_length=teacher.info.max_length if teacher else None,
+            should_stop=stopping,
+        )
+        if teacher and isinstance(teacher.source, FileLabels):
+            teacher.source.require(examples)
         model = load_student(spec.student, settings, vocab_size=vocabulary_size(tokenizer))
-        limits = [spec.training.max_length, longest_sequence(model), teacher.info.max_length if teacher else None]
-        examples = encode_examples(records, tokenizer, max_length=min(limit for limit in limits if limit))
         labels = None
         if teacher:
             teacher.verify(examples[0])
-            labels = stack.enter_context(LabelPrefetcher(teacher.client, options=teacher.options, should_stop=stopping))
+            labels = stack.enter_context(LabelPrefetcher(teacher.source, options=teacher.options, should_stop=stopping))
         objective = Objective(
             vocab_size=vocabulary_size(tokenizer),
             matmul_dtype=dtype,
@@ -120,15 +129,6 @@ def _prepared(spec: RunSpec, settings: Settings, stopping: Callable[[], bool]) -
             teacher_head=teacher.head_on(training_device(), dtype=dtype) if teacher else None,
         )
         yield _Parts(tokenizer=tokenizer, model=model, examples=examples, objective=objective)
-
-
-def _what_is_learnt(
-    spec: RunSpec, tokenizer: PreTrainedTokenizerBase, settings: Settings, stopping: Callable[[], bool]
-) -> DatasetSpec:
-    """The data set itself, or the teacher's own responses to its prompts, decoded now unless they are there."""
-    if not spec.decodes:
-        return spec.dataset
-    return DatasetSpec(path=str(decode_responses(spec, tokenizer=tokenizer, settings=settings, should_stop=stopping)))
 
 
 def _run(trainer: DistillationTrainer, directory: RunDirectory, spec: RunSpec) -> None:

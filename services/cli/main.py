@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from services.cli import lens_commands, sweep_commands
+from services.cli import labels_commands, lens_commands, sweep_commands
 from services.contract.errors import MissingExtraError, SmoothKDError
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 app.add_typer(sweep_commands.app, name="sweep")
 app.add_typer(lens_commands.app, name="lens")
+app.add_typer(labels_commands.app, name="labels")
 
 ONE_MACHINE = "One machine"
 PARTS = "The platform's parts, one process each"

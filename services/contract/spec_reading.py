@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from services.contract.errors import SpecError
 from services.contract.evaluation_spec import EvaluationSpec
-from services.contract.spec import RunSpec, SweepSpec
+from services.contract.spec import RunSpec, SweepSpec, expand
 
 
 def parse_sweep(data: object) -> SweepSpec:
@@ -40,6 +40,16 @@ def load_sweep(path: Path) -> SweepSpec:
 def load_run(path: Path) -> RunSpec:
     """A run from a YAML file."""
     return parse_run(_read_yaml(path))
+
+
+def load_runs(path: Path) -> list[RunSpec]:
+    """The runs of a YAML file: those that a sweep expands to, or the one that it describes.
+
+    A sweep has a name and a grid, a run has neither.
+    """
+    data = _read_yaml(path)
+    is_sweep = isinstance(data, Mapping) and not {"name", "grid"}.isdisjoint(data)
+    return expand(parse_sweep(data)) if is_sweep else [parse_run(data)]
 
 
 def read_yaml(text: str, *, source: str) -> object:

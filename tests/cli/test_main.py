@@ -22,6 +22,11 @@ COMMANDS += (
     "sweep watch",
     "lens train",
     "lens eval",
+    "labels precompute",
+    "labels export",
+    "labels import",
+    "labels info",
+    "labels clear",
 )
 
 

@@ -1,0 +1,34 @@
+"""What a run learns, as tokens: the same for training and for having its labels made before."""
+
+from collections.abc import Callable
+
+from transformers import PreTrainedTokenizerBase
+
+from services.contract.settings import Settings
+from services.contract.spec import DatasetSpec, RunSpec
+from services.datasets.reading import load_records
+from student_trainer.data import Example, encode_examples
+from student_trainer.decode import decode_responses
+from student_trainer.student import longest_sequence
+
+
+def load_examples(
+    spec: RunSpec,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Settings,
+    teacher_max_length: int | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> list[Example]:
+    """The run's records that fit into its ``max_length``, the student and the teacher, in tokens.
+
+    At sequence level the responses are the teacher's own, decoded now unless they are there. DatasetError where the
+    data set cannot be read or none of its records fits; TeacherError where responses are to be decoded and cannot.
+    """
+    dataset = spec.dataset
+    if spec.decodes:
+        decoded = decode_responses(spec, tokenizer=tokenizer, settings=settings, should_stop=should_stop)
+        dataset = DatasetSpec(path=str(decoded))
+    records = load_records(dataset, offline=settings.offline)
+    limits = [spec.training.max_length, longest_sequence(spec.student, settings), teacher_max_length]
+    return encode_examples(records, tokenizer, max_length=min(limit for limit in limits if limit))
