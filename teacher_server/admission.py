@@ -24,7 +24,7 @@ class Limits:
 
     streams_per_client: int = 32
     sequences_per_client: int = 4096
-    label_bytes_per_client: int = 20 * _MIB
+    label_bytes_per_client: int = 16 * _MIB
     streams: int = 1024
     sequences: int = 65_536
     tokens: int = 2**24
@@ -41,6 +41,11 @@ class Admission:
         self.label_bytes = 0
         self._clients: dict[str, _Client] = {}
         self._done: deque[tuple[float, int, int]] = deque(maxlen=256)
+
+    @property
+    def clients(self) -> int:
+        """Those with a request under way."""
+        return len(self._clients)
 
     @contextmanager
     def stream(self, client: str, *, sequences: int, tokens: int) -> Iterator["Stream"]:

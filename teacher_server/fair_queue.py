@@ -49,10 +49,10 @@ class FairQueue:
     @asynccontextmanager
     async def turn(self, client: str, *, tokens: int) -> AsyncIterator[None]:
         """Wait for a place and hold it while the block runs."""
-        granted = asyncio.get_running_loop().create_future()
-        place = self.line_up(client, tokens=tokens, on_turn=lambda _: granted.done() or granted.set_result(None))
+        granted = asyncio.Event()
+        place = self.line_up(client, tokens=tokens, on_turn=lambda _: granted.set())
         try:
-            await granted
+            await granted.wait()
             yield
         finally:
             place.leave()
@@ -72,7 +72,7 @@ class FairQueue:
             self.sequences += 1
             self.tokens += place.tokens
             place.state = "working"
-            place.on_turn(place)
+            place.tell()
 
     def _leave(self, place: "Place") -> None:
         if place.state == "waiting":
@@ -104,11 +104,18 @@ class Place:
     def __init__(self, queue: FairQueue, client: str, *, tokens: int, on_turn: "Callable[[Place], None]") -> None:
         self.client = client
         self.tokens = tokens
-        self.on_turn = on_turn
         self.state = "waiting"
         self._queue = queue
+        self._on_turn: Callable[[Place], None] | None = on_turn
+
+    def tell(self) -> None:
+        """That the turn has come. What is told is forgotten, for it may hold labels and this place in turn."""
+        on_turn, self._on_turn = self._on_turn, None
+        assert on_turn is not None, "a turn comes once"
+        on_turn(self)
 
     def leave(self) -> None:
         """End the waiting or the work; once is enough and more does no harm."""
         if self.state != "left":
+            self._on_turn = None
             self._queue._leave(self)

@@ -70,7 +70,8 @@ class Flight:
 
     async def is_missing(self) -> bool:
         """Whether it has to be computed, once that is known."""
-        await asyncio.wait({self.task, self._missed}, return_when=asyncio.FIRST_COMPLETED)
+        known: list[asyncio.Future[Any]] = [self.task, self._missed]
+        await asyncio.wait(known, return_when=asyncio.FIRST_COMPLETED)
         return self._missed.done()
 
     @contextmanager

@@ -31,8 +31,11 @@ _ENCODINGS: dict[int, Encoding] = {number: name for name, number in WIRE_ENCODIN
 
 
 def check_model(model: str, fingerprint: str, card: TeacherCard) -> None:
-    """HandshakeError when the request is meant for another teacher; empty names match any."""
-    if model and model != card.model and not _same_directory(model, card.model):
+    """HandshakeError when the request is meant for another teacher; empty names match any.
+
+    A fingerprint says more than a name: the same weights have several where directories are mounted.
+    """
+    if model and fingerprint != card.fingerprint and model != card.model and not _same_directory(model, card.model):
         raise HandshakeError(
             f"this teacher serves {card.model}, not {model}",
             fix=f"Start the teacher with --model {model}, or name {card.model} as teacher.model.",
@@ -41,7 +44,7 @@ def check_model(model: str, fingerprint: str, card: TeacherCard) -> None:
     if fingerprint and fingerprint != card.fingerprint:
         raise HandshakeError(
             f"the teacher's weights or tokenizer have the fingerprint {card.fingerprint}, not {fingerprint[:64]}",
-            fix="The teacher has changed since the handshake; start the run again, or serve the former weights.",
+            fix="The teacher has gone over to other weights; start the run again, or load the former ones.",
             details={"served": card.fingerprint, "asked": fingerprint[:64]},
         )
 
@@ -60,6 +63,8 @@ def read_score_request(
     request: pb.ScoreSequencesRequest, card: TeacherCard, *, student_heads: StudentHeads[Any], state_bytes: int
 ) -> tuple[list[TokenSequence], LabelOptions]:
     """The sequences and how to label them; the first mistake ends the whole request.
+
+    Their numbers stay in the request's own message, at 4 bytes each: they may wait for a slow reader.
 
     StudentHeadMissingError for projected labels whose head is not in ``student_heads``. ``state_bytes``: of one
     component of a hidden state on the wire.
@@ -87,7 +92,9 @@ def read_score_request(
                 f"a message holds {MAX_MESSAGE_BYTES}",
                 fix="Ask for fewer positions at a time, or for exact or top_k labels.",
             )
-        sequences.append(TokenSequence(id=message.id, token_ids=token_ids.tolist(), label_positions=positions.tolist()))
+        sequences.append(
+            TokenSequence(id=message.id, token_ids=message.token_ids, label_positions=message.label_positions)
+        )
     return sequences, options
 
 
@@ -117,7 +124,7 @@ def read_generate_request(
                 f"teacher's {card.max_length}",
                 fix="Shorten the prompt or lower max_new_tokens.",
             )
-        prompts.append(Prompt(id=message.id, token_ids=token_ids.tolist()))
+        prompts.append(Prompt(id=message.id, token_ids=message.token_ids))
     options = DecodeOptions(
         max_new_tokens=request.max_new_tokens,
         temperature=request.temperature,

@@ -110,21 +110,21 @@ def encode_labels(scored: ScoredSequence) -> pb.ScoreSequencesResponse:
     )
     labels = scored.labels
     if isinstance(labels, ExactLabels):
-        message.exact.hidden.CopyFrom(encode_tensor(labels.hidden_ND))
+        _fill(message.exact.hidden, labels.hidden_ND)
     elif isinstance(labels, TopKLabels):
-        message.top_k.ids.CopyFrom(encode_tensor(labels.ids_NK))
-        message.top_k.logprobs.CopyFrom(encode_tensor(labels.logprobs_NK))
-        message.top_k.tail_mass.CopyFrom(encode_tensor(labels.tail_mass_N))
+        _fill(message.top_k.ids, labels.ids_NK)
+        _fill(message.top_k.logprobs, labels.logprobs_NK)
+        _fill(message.top_k.tail_mass, labels.tail_mass_N)
     elif isinstance(labels, SampledLabels):
-        message.sampled.ids.CopyFrom(encode_tensor(labels.ids_M))
-        message.sampled.counts.CopyFrom(encode_tensor(labels.counts_M))
-        message.sampled.lengths.CopyFrom(encode_tensor(labels.lengths_N))
+        _fill(message.sampled.ids, labels.ids_M)
+        _fill(message.sampled.counts, labels.counts_M)
+        _fill(message.sampled.lengths, labels.lengths_N)
     elif isinstance(labels, ProjectedLabels):
-        message.projected.embedding.CopyFrom(encode_tensor(labels.embedding_NS))
+        _fill(message.projected.embedding, labels.embedding_NS)
         if labels.bias_N is not None:
-            message.projected.bias.CopyFrom(encode_tensor(labels.bias_N))
+            _fill(message.projected.bias, labels.bias_N)
     else:
-        message.full.logprobs.CopyFrom(encode_tensor(labels.logprobs_NV))
+        _fill(message.full.logprobs, labels.logprobs_NV)
     return message
 
 
@@ -249,7 +249,9 @@ _TENSOR_TYPES = {dtype: number for number, dtype in _DTYPES.items()}
 
 def encode_tensor(array: Array) -> pb.Tensor:
     """Arrays of any shape whose type has a wire type."""
-    return pb.Tensor(dtype=tensor_type(array.dtype), shape=array.shape, data=array.tobytes())
+    message = pb.Tensor()
+    _fill(message, array)
+    return message
 
 
 def decode_tensor(message: pb.Tensor) -> Array:
@@ -262,6 +264,13 @@ def decode_tensor(message: pb.Tensor) -> Array:
             fix="The answer is damaged; restart the teacher.",
         )
     return np.frombuffer(message.data, dtype=dtype).reshape(message.shape)
+
+
+def _fill(message: pb.Tensor, array: Array) -> None:
+    """In place, for labels may be large and a tensor that is put into a message is copied."""
+    message.dtype = tensor_type(array.dtype)
+    message.shape.extend(array.shape)
+    message.data = array.tobytes()
 
 
 def tensor_dtype(tensor_type: int) -> np.dtype[Any]:
