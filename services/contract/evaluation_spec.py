@@ -32,6 +32,7 @@ MetricName = Literal[
     "entailment",
     "chrf",
     "meteor",
+    "meteor_exact_stem",
     "bertscore",
     "self_consistency",
 ]

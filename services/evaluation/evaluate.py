@@ -5,21 +5,21 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from services.contract.errors import CancelledError, EvaluationError, SmoothKDError
-from services.contract.evaluation_spec import SUMMARISATION, BenchmarkSpec, EvaluationSpec
+from services.contract.evaluation_spec import MULTIPLE_CHOICE, QUESTIONS, BenchmarkSpec, EvaluationSpec
 from services.contract.prompt import SUMMARISE
 from services.contract.records import Generation, Score
 from services.contract.settings import Settings
-from services.datasets.reading import SummarisationItem, load_items
+from services.datasets.questions import load_questions
+from services.datasets.reading import load_items
+from services.evaluation.answering import Request
+from services.evaluation.items import answer_items, mean_score
+from services.evaluation.metrics import describe, load_metrics, metric_names
 from services.evaluation.model import LoadedModel, load_model
-from services.evaluation.multiple_choice import score_multiple_choice
-from services.evaluation.rouge import rouge_l
-from services.evaluation.summarisation import summarise
-from services.evaluation.support import check_support
+from services.evaluation.multiple_choice import metric_of, score_multiple_choice
+from services.evaluation.question_answering import INSTRUCTION
 from services.models.resolve import resolve_model
 
 log = logging.getLogger(__name__)
-
-SUMMARY_METRICS = ("rouge_l", "support")
 
 
 def evaluate(
@@ -33,16 +33,18 @@ def evaluate(
 ) -> list[Score]:
     """The scores of a model, benchmark after benchmark in the order of ``spec``.
 
-    Items in ``known`` are not generated again; ``on_generations`` gets the others as their batches finish, and
-    ``on_progress`` the share that is done, 0 to 1. A benchmark that cannot be carried out has scores without a value,
-    with the reason; EvaluationError when that is so of all of them.
+    Items in ``known`` are not generated again, only judged by the metrics that they lack; ``on_generations`` gets
+    whatever is new as its batch finishes, and ``on_progress`` the share that is done, 0 to 1. A metric or a benchmark
+    that cannot be carried out has scores without a value, with the reason; EvaluationError when that is so of every
+    benchmark.
     """
-    loaded = load_model(resolve_model(model, settings=settings))
+    directory = resolve_model(model, settings=settings)
+    loaded = load_model(directory)
     by_item = {(generation.benchmark, generation.item_id): generation for generation in known}
     scores: list[Score] = []
     failures: dict[str, Exception] = {}
     for number, benchmark in enumerate(spec.benchmarks):
-        steps = _steps(benchmark, spec=spec, loaded=loaded, settings=settings, known=by_item)
+        steps = _steps(benchmark, spec=spec, loaded=loaded, directory=directory, settings=settings, known=by_item)
         try:
             while (step := _next_step(steps)).scores is None:
                 # Outside of the net: what goes wrong at the caller's end is no fault of the benchmark.
@@ -51,11 +53,11 @@ def evaluate(
             scores += step.scores
         except _BenchmarkFailed as failed:
             failures[benchmark.name] = failed.cause
-            scores += _missing_scores(benchmark, reason=_describe(failed.cause))
+            scores += _missing_scores(benchmark, spec=spec, reason=describe(failed.cause))
         on_progress((number + 1) / len(spec.benchmarks))
     if failures and len(failures) == len(spec.benchmarks):
         raise EvaluationError(
-            "; ".join(f"{name}: {_describe(error)}" for name, error in failures.items()),
+            "; ".join(f"{name}: {describe(error)}" for name, error in failures.items()),
             fix=next((error.fix for error in failures.values() if isinstance(error, SmoothKDError)), ""),
         )
     return scores
@@ -71,6 +73,7 @@ class _Step:
 
 
 Steps = Generator[_Step, None, None]
+Known = Mapping[tuple[str, str], Generation]
 
 
 class _BenchmarkFailed(Exception):  # noqa: N818 - carries an error, is none
@@ -95,86 +98,58 @@ def _steps(
     *,
     spec: EvaluationSpec,
     loaded: LoadedModel,
+    directory: str,
     settings: Settings,
-    known: Mapping[tuple[str, str], Generation],
+    known: Known,
 ) -> Steps:
-    if benchmark.name in SUMMARISATION:
-        yield from _summary_steps(benchmark, spec=spec, loaded=loaded, offline=settings.offline, known=known)
-    else:
+    if benchmark.name in MULTIPLE_CHOICE:
         score = score_multiple_choice(
-            benchmark, loaded=loaded, limit=spec.limit, batch_size=spec.batch_size, settings=settings
+            benchmark,
+            loaded=loaded,
+            directory=directory,
+            limit=spec.limit,
+            batch_size=spec.batch_size,
+            settings=settings,
         )
         yield _Step(scores=[score])
-
-
-def _summary_steps(
-    benchmark: BenchmarkSpec,
-    *,
-    spec: EvaluationSpec,
-    loaded: LoadedModel,
-    offline: bool,
-    known: Mapping[tuple[str, str], Generation],
-) -> Steps:
-    items = load_items(benchmark, limit=spec.limit, offline=offline)
+        return
+    requests = _requests(benchmark, limit=spec.limit, offline=settings.offline)
+    metrics = load_metrics(benchmark.name, spec, loaded=loaded, name=directory, settings=settings)
+    stored = {item: generation for (name, item), generation in known.items() if name == benchmark.name}
     done: dict[str, Generation] = {}
-    for item in items:
-        stored = known.get((benchmark.name, item.item_id))
-        if stored is not None and (stored.source, stored.reference) == (item.source, item.reference):
-            done[item.item_id] = stored
-    batches = summarise(
-        [item for item in items if item.item_id not in done],
-        loaded=loaded,
-        instruction=SUMMARISE[benchmark.name],
-        max_new_tokens=spec.max_new_tokens,
-        batch_size=spec.batch_size,
-    )
-    for batch in batches:
-        generations = [_judge(item, output, benchmark=benchmark) for item, output in batch]
+    for generations in answer_items(
+        requests, metrics, benchmark=benchmark.name, spec=spec, loaded=loaded, known=stored
+    ):
         done |= {generation.item_id: generation for generation in generations}
-        yield _Step(generations=generations, share=len(done) / len(items))
-    yield _Step(scores=[_mean(metric, list(done.values()), benchmark=benchmark) for metric in SUMMARY_METRICS])
+        yield _Step(generations=generations, share=len(done) / len(requests))
+    # What was known and lacked nothing did not come back.
+    answers = [done.get(request.item_id) or stored[request.item_id] for request in requests]
+    yield _Step(scores=[mean_score(metric, answers, metrics, benchmark=benchmark.name) for metric in metrics.names])
 
 
-def _judge(item: SummarisationItem, output: str, *, benchmark: BenchmarkSpec) -> Generation:
-    support = check_support(output, source=item.source)
-    scores = {"rouge_l": rouge_l(output, reference=item.reference)}
-    if support.share is not None:
-        scores["support"] = support.share
-    return Generation(
-        benchmark=benchmark.name,
-        item_id=item.item_id,
-        source=item.source,
-        reference=item.reference,
-        output=output,
-        scores=scores,
-        spans=support.spans,
-    )
-
-
-def _mean(metric: str, generations: Sequence[Generation], *, benchmark: BenchmarkSpec) -> Score:
-    """Over the items that have the metric; how many those are is part of the score."""
-    values = [generation.scores[metric] for generation in generations if metric in generation.scores]
-    if len(values) < len(generations):
-        log.warning(
-            "%s: %d of %d outputs have no %s, because they are empty or say nothing that could be looked up",
-            benchmark.name,
-            len(generations) - len(values),
-            len(generations),
-            metric,
+def _requests(benchmark: BenchmarkSpec, *, limit: int | None, offline: bool) -> list[Request]:
+    if benchmark.name in QUESTIONS:
+        return [
+            Request(
+                item_id=item.item_id,
+                instruction=INSTRUCTION.format(question=item.question),
+                source=item.source,
+                reference=item.reference,
+            )
+            for item in load_questions(benchmark, limit=limit, offline=offline)
+        ]
+    return [
+        Request(
+            item_id=item.item_id,
+            instruction=SUMMARISE[benchmark.name],
+            source=item.source,
+            reference=item.reference,
         )
-    if not values:
-        missing = "every output is empty or says nothing that could be looked up"
-        return Score(benchmark=benchmark.name, metric=metric, value=None, missing=missing, items=0)
-    return Score(benchmark=benchmark.name, metric=metric, value=sum(values) / len(values), items=len(values))
+        for item in load_items(benchmark, limit=limit, offline=offline)
+    ]
 
 
-def _missing_scores(benchmark: BenchmarkSpec, *, reason: str) -> list[Score]:
-    metrics = SUMMARY_METRICS if benchmark.name in SUMMARISATION else ("acc_norm",)
-    return [Score(benchmark=benchmark.name, metric=name, value=None, missing=reason, items=0) for name in metrics]
-
-
-def _describe(error: Exception) -> str:
-    if isinstance(error, SmoothKDError):
-        return error.what
-    first = next(iter(str(error).splitlines()), "")
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+def _missing_scores(benchmark: BenchmarkSpec, *, spec: EvaluationSpec, reason: str) -> list[Score]:
+    name = benchmark.name
+    metrics = (metric_of(name),) if name in MULTIPLE_CHOICE else metric_names(name, spec)
+    return [Score(benchmark=name, metric=metric, value=None, missing=reason, items=0) for metric in metrics]

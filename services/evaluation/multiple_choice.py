@@ -1,4 +1,8 @@
-"""Multiple choice by length-normalised accuracy, as lm-evaluation-harness defines tasks and metric."""
+"""Multiple choice, as lm-evaluation-harness defines tasks and metrics.
+
+What the model makes of each item is kept on disk by the model's content and the task, so that an interrupted benchmark
+goes on where it was and a finished one is not computed again.
+"""
 
 import logging
 import tempfile
@@ -9,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock
 
 from services.contract.errors import DatasetError, MissingExtraError
 from services.contract.evaluation_spec import BenchmarkSpec
@@ -16,18 +21,18 @@ from services.contract.records import Score
 from services.contract.settings import Settings
 from services.datasets.sources import local_rows
 from services.evaluation.model import LoadedModel
+from services.evaluation.model_files import model_digest
 from services.models.hub import hub_reachable
-
-METRIC = "acc_norm"
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Task:
-    """Where the library keeps a task, which split it is scored on, and the columns of its data."""
+    """Where the library keeps a task, which split it is scored on, the columns of its data, and what it is told by."""
 
     file: str
     split: str
     columns: tuple[str, ...]
+    metric: str = "acc_norm"
 
 
 _TASKS = {
@@ -41,13 +46,38 @@ _TASKS = {
     "openbookqa": _Task(
         file="openbookqa/openbookqa.yaml", split="test", columns=("question_stem", "choices", "answerKey")
     ),
+    "commonsense_qa": _Task(
+        file="commonsense_qa/default.yaml",
+        split="validation",
+        columns=("question", "choices", "answerKey"),
+        metric="acc",
+    ),
+    "truthfulqa_mc1": _Task(
+        file="truthfulqa/truthfulqa_mc1.yaml", split="validation", columns=("question", "mc1_targets"), metric="acc"
+    ),
+    "truthfulqa_mc2": _Task(
+        file="truthfulqa/truthfulqa_mc2.yaml", split="validation", columns=("question", "mc2_targets"), metric="acc"
+    ),
 }
 
 
+def metric_of(benchmark: str) -> str:
+    """``acc_norm`` or ``acc``, as the benchmark is customarily told by."""
+    return _TASKS[benchmark].metric
+
+
 def score_multiple_choice(
-    benchmark: BenchmarkSpec, *, loaded: LoadedModel, limit: int | None, batch_size: int, settings: Settings
+    benchmark: BenchmarkSpec,
+    *,
+    loaded: LoadedModel,
+    directory: str,
+    limit: int | None,
+    batch_size: int,
+    settings: Settings,
 ) -> Score:
-    """``acc_norm`` x 100: how often the right choice has the highest log-likelihood per character.
+    """Accuracy x 100: how often the right choice has the highest log-likelihood, per character for ``acc_norm``.
+
+    For truthfulqa_mc2 it is the probability that the true answers share among all. ``directory`` is the model's.
 
     No examples are shown and no chat template is applied, as these benchmarks are customarily reported. Data come from
     the hub, or from ``benchmark.path``, a file with the same columns; DatasetError when they cannot be had.
@@ -55,11 +85,14 @@ def score_multiple_choice(
     task = _TASKS[benchmark.name]
     if benchmark.path is not None:
         _check_columns(benchmark, task)
-    results = _run_harness(benchmark, task, loaded=loaded, limit=limit, batch_size=batch_size, settings=settings)
+    with _kept_responses(benchmark.name, loaded=loaded, directory=directory, settings=settings) as kept:
+        results = _run_harness(
+            benchmark, task, loaded=loaded, limit=limit, batch_size=batch_size, settings=settings, kept=kept
+        )
     return Score(
         benchmark=benchmark.name,
-        metric=METRIC,
-        value=100 * float(results["results"][benchmark.name]["acc_norm,none"]),
+        metric=task.metric,
+        value=100 * float(results["results"][benchmark.name][f"{task.metric},none"]),
         items=int(results["n-samples"][benchmark.name]["effective"]),
     )
 
@@ -88,6 +121,7 @@ def _run_harness(
     limit: int | None,
     batch_size: int,
     settings: Settings,
+    kept: Path,
 ) -> dict[str, Any]:
     try:
         import datasets
@@ -112,7 +146,13 @@ def _run_harness(
                 fix=f"Connect to the hub, or name a local file as path of the benchmark {benchmark.name}.",
             ) from None
         results = simple_evaluate(
-            model, tasks=loaded_tasks, limit=limit, bootstrap_iters=0, log_samples=False, task_manager=manager
+            model,
+            tasks=loaded_tasks,
+            limit=limit,
+            bootstrap_iters=0,
+            log_samples=False,
+            task_manager=manager,
+            use_cache=str(kept),
         )
     assert results is not None, "this process is the only rank"
     return dict(results)
@@ -136,6 +176,17 @@ def _task_file(benchmark: BenchmarkSpec, task: _Task, *, scratch: Path, library:
     own.parent.mkdir()
     own.write_text(yaml.safe_dump(config), encoding="utf-8")
     return own
+
+
+@contextmanager
+def _kept_responses(benchmark: str, *, loaded: LoadedModel, directory: str, settings: Settings) -> Iterator[Path]:
+    """The file of what this model answered to the benchmark's items before; one process at a time has it."""
+    folder = settings.data_dir / "evaluations" / model_digest(Path(directory))
+    folder.mkdir(parents=True, exist_ok=True)
+    # Requests are known by their whole text, so another version of a task asks anew.
+    name = f"{benchmark}-{str(loaded.model.dtype).removeprefix('torch.')}-{loaded.window}"
+    with FileLock(folder / f".{name}.lock"):
+        yield folder / name
 
 
 @contextmanager

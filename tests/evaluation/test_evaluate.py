@@ -17,7 +17,7 @@ from services.contract.errors import CancelledError, ConflictError, EvaluationEr
 from services.contract.evaluation_spec import EvaluationSpec
 from services.contract.records import Generation, Score
 from services.contract.settings import Settings
-from services.evaluation import summarisation
+from services.evaluation import answering
 from services.evaluation.directory import evaluate_to_directory
 from services.evaluation.evaluate import evaluate
 from services.evaluation.rouge import rouge_l
@@ -46,7 +46,8 @@ def test_scores_are_means_over_the_generations(tiny_model: Path, settings: Setti
     rouge = [rouge_l(generation.output, reference=generation.reference) for generation in generations]
     support = [check_support(generation.output, source=generation.source).share for generation in generations]
     shares = [share for share in support if share is not None]
-    assert scores == [
+    assert [score.metric for score in scores] == ["rouge_l", "support", "consistency", "factual_rate"]
+    assert scores[:2] == [
         Score(benchmark="demo_news", metric="rouge_l", value=sum(rouge) / 5, items=5),
         Score(benchmark="demo_news", metric="support", value=sum(shares) / len(shares), items=len(shares)),
     ]
@@ -54,6 +55,10 @@ def test_scores_are_means_over_the_generations(tiny_model: Path, settings: Setti
         expected = check_support(generation.output, source=generation.source)
         assert generation.spans == expected.spans
         assert generation.scores.get("support") == expected.share
+    consistency, factual_rate = scores[2:]
+    assert (consistency.value, consistency.items, factual_rate.value, factual_rate.items) == (None, 0, None, 0)
+    assert "all-minilm-l6-v2 is not on this machine" in str(consistency.missing)
+    assert "no lens was trained on this model" in str(factual_rate.missing)
 
 
 def test_one_failing_benchmark_leaves_the_others(tiny_model: Path, settings: Settings, tmp_path: Path) -> None:
@@ -63,9 +68,9 @@ def test_one_failing_benchmark_leaves_the_others(tiny_model: Path, settings: Set
         {"benchmarks": [{"name": "xsum", "path": str(broken)}, "demo_news"], "limit": 2, "max_new_tokens": 4}
     )
     scores = evaluate(str(tiny_model), spec=spec, settings=settings)
-    assert [(score.benchmark, score.metric, score.items) for score in scores[:3]] == [
+    assert [(score.benchmark, score.metric, score.items) for score in scores[:5:2]] == [
         ("xsum", "rouge_l", 0),
-        ("xsum", "support", 0),
+        ("xsum", "consistency", 0),
         ("demo_news", "rouge_l", 2),
     ]
     assert scores[0].value is None
@@ -78,7 +83,7 @@ def test_an_unforeseen_failure_keeps_its_traceback(
     def fail(*_: object, **__: object) -> list[str]:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(summarisation, "_generate", fail)
+    monkeypatch.setattr(answering, "_generate", fail)
     with caplog.at_level(logging.WARNING), pytest.raises(EvaluationError, match="demo_news: RuntimeError: out of mem"):
         evaluate(str(tiny_model), spec=_spec("demo_news"), settings=settings)
     assert "Traceback" in caplog.text
@@ -142,7 +147,12 @@ def test_an_interrupted_evaluation_is_carried_on(
     """
     spec = EvaluationSpec.model_validate({"benchmarks": ["demo_news"], "max_new_tokens": 20, "batch_size": 1})
     argv = [sys.executable, "-c", textwrap.dedent(program), str(tiny_model), spec.model_dump_json(), str(out)]
-    environment = {**os.environ, "SMOOTHKD_DATA_DIR": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}
+    environment = {
+        **os.environ,
+        "SMOOTHKD_DATA_DIR": str(tmp_path),
+        "SMOOTHKD_OFFLINE": "1",
+        "PYTHONPATH": str(REPOSITORY),
+    }
     process = subprocess.Popen(argv, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     file = out / "generations.jsonl"
     deadline = time.monotonic() + 120
@@ -158,9 +168,9 @@ def test_an_interrupted_evaluation_is_carried_on(
     kept = before[:-1].count(b"\n")
 
     generated: list[list[int]] = []
-    plain = summarisation._generate
+    plain = answering._generate
     monkeypatch.setattr(
-        summarisation, "_generate", lambda prompts, **rest: generated.extend(prompts) or plain(prompts, **rest)
+        answering, "_generate", lambda prompts, **rest: generated.extend(prompts) or plain(prompts, **rest)
     )
     scores = evaluate_to_directory(str(tiny_model), spec, out, settings)
     assert len(generated) == 24 - kept

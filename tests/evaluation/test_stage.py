@@ -9,8 +9,8 @@ import pytest
 from services.contract.errors import ModelNotFoundError, StaleAttemptError
 from services.contract.settings import Settings
 from services.contract.states import State
+from services.evaluation import answering
 from services.evaluation import stage as stage_module
-from services.evaluation import summarisation
 from services.evaluation.stage import run_evaluate
 from services.store.store import Attempt, Store
 from tests.store.examples import begin, example_sweep, finish
@@ -49,7 +49,7 @@ def test_generations_scores_and_progress_are_stored(store: Store, run_id: str, s
     scores = {score.metric: score for score in store.scores(run_id)}
     mean = sum(generation.scores["rouge_l"] for generation in generations) / 5
     assert scores["rouge_l"].value == pytest.approx(mean)
-    assert set(scores) == {"rouge_l", "support"}
+    assert set(scores) == {"rouge_l", "support", "consistency", "factual_rate"}
     assert store.run(run_id).progress == 1
 
 
@@ -57,16 +57,16 @@ def test_an_attempt_carries_on_where_the_one_before_stopped(
     store: Store, run_id: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stage_module, "PAGE", 1)
-    plain = summarisation._generate
+    plain = answering._generate
     prompts_seen: list[list[int]] = []
 
-    def generate(prompts: list[list[int]], **rest: object) -> list[str]:
+    def generate(prompts: list[list[int]], **rest: object) -> list[list[int]]:
         if len(prompts_seen) == 2:
             raise KeyboardInterrupt
         prompts_seen.extend(prompts)
         return plain(prompts, **rest)
 
-    monkeypatch.setattr(summarisation, "_generate", generate)
+    monkeypatch.setattr(answering, "_generate", generate)
     first = _begin(store, run_id)
     with pytest.raises(KeyboardInterrupt):
         run_evaluate(store, first, settings)
@@ -79,7 +79,7 @@ def test_an_attempt_carries_on_where_the_one_before_stopped(
     run_evaluate(store, _begin(store, run_id), settings)
     assert len(prompts_seen) == 2 + 1 + 3
     assert len(store.generations(run_id).items) == 5
-    assert store.scores(run_id)[0].items == 5
+    assert {score.metric: score.items for score in store.scores(run_id)}["rouge_l"] == 5
 
 
 def test_a_superseded_attempt_stops_and_writes_nothing(store: Store, run_id: str, settings: Settings) -> None:
@@ -90,7 +90,7 @@ def test_a_superseded_attempt_stops_and_writes_nothing(store: Store, run_id: str
         run_evaluate(store, first, settings)
     assert store.generations(run_id).items == []
     run_evaluate(store, second, settings)
-    assert len(store.scores(run_id)) == 2
+    assert len(store.scores(run_id)) == 4
 
 
 def test_a_run_without_its_model_is_an_error(store: Store, run_id: str, settings: Settings) -> None:

@@ -1,4 +1,4 @@
-"""Greedy batched summaries: the same as one by one, whatever the padding, within the model's window."""
+"""Greedy batched answers: the same as one by one, whatever the padding, within the model's window."""
 
 import bisect
 import functools
@@ -13,9 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from services.contract.errors import InvalidInputError, ModelNotFoundError
 from services.contract.prompt import encode_prompt
-from services.datasets.reading import SummarisationItem
+from services.evaluation.answering import Request, answer, encode_requests
 from services.evaluation.model import LoadedModel, load_model
-from services.evaluation.summarisation import summarise
 
 INSTRUCTION = "Summarize the following article in two sentences."
 
@@ -34,10 +33,9 @@ def test_batches_of_any_size_give_the_outputs_of_plain_argmax(tiny_model: Path, 
     assert len(set(expected.values())) == 5
     for batch_size in (1, 2, 5):
         batches = list(
-            summarise(
+            _answers(
                 items,
                 loaded=load_model(str(directory)),
-                instruction=INSTRUCTION,
                 max_new_tokens=24,
                 batch_size=batch_size,
             )
@@ -58,7 +56,7 @@ def test_an_output_ends_where_the_model_ends_it(tiny_model: Path, tmp_path: Path
     (ending / "generation_config.json").write_text(json.dumps(config))
     # Beside a longer one, so that the shorter is padded behind its end.
     items = [item, _item("b", "harbour master " * 7)]
-    batches = summarise(items, loaded=load_model(str(ending)), instruction=INSTRUCTION, max_new_tokens=8, batch_size=2)
+    batches = _answers(items, loaded=load_model(str(ending)), max_new_tokens=8, batch_size=2)
     outputs = {done.item_id: output for batch in batches for done, output in batch}
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     assert outputs["a"] == tokenizer.decode(whole[:end], skip_special_tokens=True).strip()
@@ -69,10 +67,9 @@ def test_recommended_sampling_is_ignored(tiny_model: Path, tmp_path: Path) -> No
     config = json.loads((sampling / "generation_config.json").read_text())
     config |= {"do_sample": True, "temperature": 5.0, "top_p": 0.9, "repetition_penalty": 9.0}
     (sampling / "generation_config.json").write_text(json.dumps(config))
-    (batch,) = summarise(
+    (batch,) = _answers(
         [_item("a", "ferry")],
         loaded=load_model(str(sampling)),
-        instruction=INSTRUCTION,
         max_new_tokens=60,
         batch_size=1,
     )
@@ -85,7 +82,7 @@ def test_articles_over_the_window_are_cut_and_counted(
     article = "".join(f"No. {number} Ünïted. " for number in range(200))
     items = [_item("long", article), _item("short", "ferry"), _item("longer", article * 2)]
     with caplog.at_level(logging.WARNING):
-        (batch,) = summarise(items, loaded=loaded, instruction=INSTRUCTION, max_new_tokens=10, batch_size=3)
+        (batch,) = _answers(items, loaded=loaded, max_new_tokens=10, batch_size=3)
     outputs = {item.item_id: output for item, output in batch}
     assert "2 of 3 articles are longer than the model's window of 512 tokens" in caplog.text
     # Both were cut to the same beginning, which fills the window but for the output.
@@ -96,7 +93,7 @@ def test_articles_over_the_window_are_cut_and_counted(
 
 def test_a_window_without_room_for_an_article_is_an_error(loaded: LoadedModel) -> None:
     with pytest.raises(InvalidInputError, match="leaves no room for an article"):
-        list(summarise([_item("a", "ferry")], loaded=loaded, instruction=INSTRUCTION, max_new_tokens=500, batch_size=1))
+        list(_answers([_item("a", "ferry")], loaded=loaded, max_new_tokens=500, batch_size=1))
 
 
 def test_a_model_that_cannot_be_loaded_is_named(tiny_model: Path, tmp_path: Path) -> None:
@@ -111,10 +108,9 @@ def test_an_article_beside_others_is_summarised_by_the_real_model(smollm2: Path)
         _item("a", "The ferry Larkspur ran aground at Ostrel on Tuesday. All 14 passengers were rescued."),
         _item("b", "Rain fell."),
     ]
-    (batch,) = summarise(
+    (batch,) = _answers(
         items,
         loaded=load_model(str(smollm2)),
-        instruction="Summarize the following article in one sentence.",
         max_new_tokens=30,
         batch_size=2,
     )
@@ -124,8 +120,23 @@ def test_an_article_beside_others_is_summarised_by_the_real_model(smollm2: Path)
     assert not any("<|" in output for output in outputs.values())
 
 
-def _item(item_id: str, source: str) -> SummarisationItem:
-    return SummarisationItem(item_id=item_id, source=source, reference="A reference.")
+def _item(item_id: str, source: str) -> Request:
+    return Request(item_id=item_id, instruction=INSTRUCTION, source=source, reference="A reference.")
+
+
+def _answers(
+    requests: list[Request], *, loaded: LoadedModel, max_new_tokens: int, batch_size: int, measure: bool = False
+) -> list[list[tuple[Request, str]]]:
+    prompts = encode_requests(requests, loaded=loaded, max_new_tokens=max_new_tokens)
+    batches = answer(
+        requests,
+        prompts,
+        loaded=loaded,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        measure=measure,
+    )
+    return [[(one.request, one.output) for one in batch] for batch in batches]
 
 
 def _without_pad_token(model: Path, tmp_path: Path) -> Path:

@@ -1,0 +1,185 @@
+"""Every metric inside an evaluation: its value by an independent way, its spans, and what happens without it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from services.contract.errors import SpecError
+from services.contract.evaluation_spec import EvaluationSpec
+from services.contract.prompt import SUMMARISE
+from services.contract.records import Generation, Score
+from services.contract.settings import Settings
+from services.contract.spec_reading import parse_evaluation
+from services.evaluation import metrics as metrics_module
+from services.evaluation.consistency.detector import detect_consistency
+from services.evaluation.evaluate import evaluate
+from services.evaluation.lookback.detect import detect_generated
+from services.evaluation.lookback.examples import encode_document
+from services.evaluation.lookback.fingerprint import fingerprint_model
+from services.evaluation.lookback.lens import Lens
+from services.evaluation.lookback.measure import generate_measured
+from services.evaluation.model import load_model
+from services.models.tiny import make_tiny_model
+
+ARTICLES = [
+    "The harbour master of Ostrel said on Tuesday that 14 ferries had been repaired.",
+    "Rain fell on the valley. Two bridges were closed, and a school moved its lessons to the town hall.",
+    "A mayor opened a library with 9,000 books.",
+]
+
+
+@pytest.fixture
+def settings(tmp_path: Path, minilm: Path) -> Settings:
+    models = tmp_path / "data" / "models"
+    models.mkdir(parents=True)
+    (models / "all-minilm-l6-v2").symlink_to(minilm)
+    return Settings(data_dir=tmp_path / "data", offline=True)
+
+
+@pytest.fixture
+def benchmark(tmp_path: Path) -> dict[str, str]:
+    file = tmp_path / "xsum.jsonl"
+    rows = [{"id": str(n), "document": text, "summary": "Ferries were repaired."} for n, text in enumerate(ARTICLES)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"name": "xsum", "path": str(file)}
+
+
+def test_consistency_is_the_detectors_word_and_keeps_its_spans(
+    tiny_model: Path, settings: Settings, benchmark: dict[str, str]
+) -> None:
+    scores, generations = _evaluate(tiny_model, settings, benchmark, metrics=["support", "consistency"])
+    detections = detect_consistency([(one.source, one.output) for one in generations], settings=settings)
+    expected = [100 * (1 - one.score) for one in detections if one.score is not None]
+    assert scores["consistency"].value == pytest.approx(sum(expected) / len(expected), abs=0.01)
+    assert scores["consistency"].items == len(expected) > 0
+    for generation, detection in zip(generations, detections, strict=True):
+        spans = [span for span in generation.spans if span.detector == "consistency"]
+        assert [(span.start, span.end) for span in spans] == [(span.start, span.end) for span in detection.spans]
+    assert {"support", "consistency"} == {span.detector for one in generations for span in one.spans}
+
+
+def test_a_fitting_lens_judges_what_was_generated(
+    tiny_model: Path, settings: Settings, benchmark: dict[str, str], tmp_path: Path
+) -> None:
+    file, lens = _lens(tiny_model, tmp_path)
+    scores, generations = _evaluate(
+        tiny_model, settings, benchmark, metrics=["rouge_l", "factual_rate"], judges={"lens": str(file)}
+    )
+    plain = _evaluate(tiny_model, settings, benchmark, metrics=["rouge_l"])[1]
+    assert [one.output for one in generations] == [one.output for one in plain]
+    loaded = load_model(str(tiny_model))
+    rates = []
+    for generation in generations:
+        prompt = encode_document(loaded.tokenizer, document=generation.source, instruction=SUMMARISE["xsum"])
+        [measured] = generate_measured(loaded.model, [prompt], max_new_tokens=20, pad_id=0, end_ids=loaded.eos_ids)
+        text, detection = detect_generated(lens, measured, tokenizer=loaded.tokenizer)
+        assert generation.scores.get("factual_rate") == pytest.approx(detection.factual_rate)
+        ours = [(text.strip()[span.start : span.end], span.score) for span in generation.spans]
+        theirs = [(text[span.start : span.end], pytest.approx(span.score, abs=1e-4)) for span in detection.spans]
+        assert ours == theirs
+        rates.append(detection.factual_rate)
+    assert scores["factual_rate"].value == pytest.approx(np.mean([rate for rate in rates if rate is not None]))
+    assert 0 < scores["factual_rate"].value < 100
+
+
+def test_a_lens_of_another_model_is_a_reason_not_a_number(
+    tiny_model: Path, settings: Settings, benchmark: dict[str, str], tmp_path: Path
+) -> None:
+    other = make_tiny_model(tmp_path / "other", seed=7)
+    file, _ = _lens(other, tmp_path)
+    judges = {"lens": str(file)}
+    scores, generations = _evaluate(tiny_model, settings, benchmark, metrics=["rouge_l", "factual_rate"], judges=judges)
+    assert scores["factual_rate"].value is None
+    assert "another pre-training" in str(scores["factual_rate"].missing)
+    assert all("factual_rate" not in one.scores for one in generations)
+
+
+def test_known_outputs_get_the_metrics_that_they_lack(
+    tiny_model: Path, settings: Settings, benchmark: dict[str, str]
+) -> None:
+    _, first = _evaluate(tiny_model, settings, benchmark, metrics=["rouge_l", "support"])
+    wanted = ["support", "consistency", "chrf"]
+    scores, again = _evaluate(tiny_model, settings, benchmark, metrics=wanted, known=first)
+    fresh_scores, fresh = _evaluate(tiny_model, settings, benchmark, metrics=wanted)
+    assert scores == fresh_scores
+    for one, new in zip(again, fresh, strict=True):
+        assert {**one.scores, "rouge_l": 0} == {**new.scores, "rouge_l": 0}
+        assert "rouge_l" in one.scores
+        assert one.spans == new.spans
+
+
+def test_a_metric_that_fails_is_missing_and_the_others_stay(
+    tiny_model: Path, settings: Settings, benchmark: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def fail(output: str, *, reference: str) -> float:
+        calls.append(output)
+        if len(calls) == 3:
+            raise RuntimeError("out of memory")
+        return 50.0
+
+    monkeypatch.setattr(metrics_module, "chrf", fail)
+    scores, _ = _evaluate(tiny_model, settings, benchmark, metrics=["chrf", "rouge_l"], batch_size=1)
+    assert (scores["chrf"].value, scores["chrf"].missing) == (None, "RuntimeError: out of memory")
+    assert scores["rouge_l"].items == 3
+
+
+def test_self_consistency_compares_with_samples_that_stay_the_same(
+    tiny_model: Path, settings: Settings, benchmark: dict[str, str]
+) -> None:
+    drawn = [
+        _evaluate(tiny_model, settings, benchmark, metrics=["self_consistency"], samples=2, batch_size=size)
+        for size in (1, 3)
+    ]
+    assert drawn[0][0]["self_consistency"].value == pytest.approx(drawn[1][0]["self_consistency"].value, abs=0.01)
+    assert 0 <= drawn[0][0]["self_consistency"].value <= 100
+
+
+@pytest.mark.parametrize(
+    ("spec", "mistake"),
+    [
+        ({"metrics": ["self_consistency"]}, "set samples"),
+        ({"samples": 3}, "add it to metrics"),
+        ({"metrics": ["entailment"]}, "judges.nli"),
+        ({"metrics": ["chrf", "chrf"]}, "more than once"),
+        ({"metrics": []}, "at least 1"),
+    ],
+)
+def test_a_metric_without_what_it_needs_is_named(spec: dict, mistake: str) -> None:
+    with pytest.raises(SpecError, match=mistake):
+        parse_evaluation(spec)
+
+
+def _evaluate(
+    model: Path, settings: Settings, benchmark: dict[str, str], *, known: list[Generation] | None = None, **fields
+) -> tuple[dict[str, Score], list[Generation]]:
+    generations = {one.item_id: one for one in known or []}
+    spec = EvaluationSpec.model_validate({"benchmarks": [benchmark], "max_new_tokens": 20, "batch_size": 2, **fields})
+    scores = evaluate(
+        str(model),
+        spec=spec,
+        settings=settings,
+        known=known or [],
+        on_generations=lambda new: generations.update({one.item_id: one for one in new}),
+    )
+    return {score.metric: score for score in scores}, [generations[key] for key in sorted(generations)]
+
+
+def _lens(model: Path, tmp_path: Path) -> tuple[Path, Lens]:
+    network = load_model(str(model)).model
+    layers, heads = network.config.num_hidden_layers, network.config.num_attention_heads
+    coefficients = np.random.default_rng(3).normal(size=layers * heads) * 4
+    lens = Lens(
+        model=str(model),
+        fingerprint=fingerprint_model(network),
+        layers=layers,
+        heads=heads,
+        intercept=-float(coefficients.sum()) / 2,
+        coef=coefficients.tolist(),
+    )
+    file = tmp_path / "lens.json"
+    file.write_text(lens.model_dump_json())
+    return file, lens
