@@ -15,7 +15,7 @@ from services.contract.errors import SmoothKDError, TeacherUnavailableError
 from services.contract.lm_head import LmHead
 from services.contract.sequences import Continuation, DecodeOptions, LabelOptions, Prompt, TokenSequence
 from services.contract.soft_labels import Array, ScoredSequence
-from teacher_server.engine import Capacity, TeacherCard
+from teacher_server.engine import BatchReport, Capacity, TeacherCard
 from teacher_server.student_heads import StudentHeads
 
 logger = logging.getLogger(__name__)
@@ -68,6 +68,7 @@ class BatchingEngine:
         self._computing: list[_Job] = []
         self._changed = threading.Condition()
         self._closed = False
+        self._report: BatchReport | None = None
         self._worker = threading.Thread(target=self._work, name="teacher-engine", daemon=True)
         self._worker.start()
 
@@ -106,6 +107,9 @@ class BatchingEngine:
         length = len(prompt.token_ids) + options.max_new_tokens
         continuation: Continuation = await self._result(_Job(prompt, options, length=length))
         return continuation
+
+    def watch_batches(self, report: BatchReport) -> None:
+        self._report = report
 
     def close(self) -> None:
         with self._changed:
@@ -184,6 +188,8 @@ class BatchingEngine:
             scored = self._model.score([(job.item, job.options) for job in batch])
             for job, labels in zip(batch, scored, strict=True):
                 job.finish(labels)
+        if self._report is not None:
+            self._report(sequences=len(batch), tokens=sum(len(job.item.token_ids) for job in batch))
 
     def _score_one_batch(self) -> None:
         with self._changed:

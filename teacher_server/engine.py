@@ -49,6 +49,12 @@ class Capacity:
     tokens: int
 
 
+class BatchReport(Protocol):
+    """Learns what a batch held; ``tokens`` without padding."""
+
+    def __call__(self, *, sequences: int, tokens: int) -> None: ...
+
+
 class Engine(Protocol):
     """A teacher that computes, one sequence or prompt per call.
 
@@ -57,8 +63,11 @@ class Engine(Protocol):
     one call concerns that call alone.
     """
 
-    score_capacity: Capacity
-    decode_capacity: Capacity
+    @property
+    def score_capacity(self) -> Capacity: ...
+
+    @property
+    def decode_capacity(self) -> Capacity: ...
 
     def describe(self) -> TeacherCard: ...
 
@@ -85,6 +94,10 @@ class Engine(Protocol):
 
     async def generate(self, prompt: Prompt, options: DecodeOptions) -> Continuation:
         """The continuation of one prompt."""
+        ...
+
+    def watch_batches(self, report: BatchReport) -> None:
+        """Call ``report`` after each batch, from any thread; an engine that does not see its batches never does."""
         ...
 
     def close(self) -> None:

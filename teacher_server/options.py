@@ -22,8 +22,9 @@ class TeacherOptions:
     exact at twice the bytes. ``host`` and ``port`` default to the settings'; port 0 takes a free one.
     ``base`` names the model of a LoRA adapter given as ``model``. Other weights may be loaded later, from directories
     below the data directory and ``allow_models_below``. ``mock_seconds`` is how long the mock engine pretends to
-    compute each sequence; ``limits`` is what one client and all of them may have under way. InvalidInputError
-    for a word that is none of those allowed.
+    compute each sequence; ``limits`` is what one client and all of them may have under way. ``metrics_port`` defaults
+    to the settings'; ``drain_seconds`` is how long a stopping server lets calls under way finish. InvalidInputError for
+    a word that is none of those allowed.
     """
 
     model: str
@@ -38,6 +39,8 @@ class TeacherOptions:
     host: str | None = None
     port: int | None = None
     mock_seconds: float = 0.0
+    metrics_port: int | None = None
+    drain_seconds: float = 20.0
     vllm: VllmOptions = field(default_factory=VllmOptions)
     limits: Limits = field(default_factory=Limits)
 

@@ -4,7 +4,6 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import AbstractContextManager, aclosing
-from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from services.contract.errors import OverloadedError, SmoothKDError
@@ -13,6 +12,7 @@ from services.contract.soft_labels import ScoredSequence, hash_sequence
 from services.contract.teacher.v1 import teacher_service_pb2 as pb
 from services.labels.cache import label_key
 from teacher_server.admission import Admission, Stream
+from teacher_server.calls import note_labelled
 from teacher_server.engine import Engine
 from teacher_server.fair_queue import FairQueue
 from teacher_server.flights import Flight, Flights, Payload
@@ -21,9 +21,6 @@ from teacher_server.wire import encode_scored, numpy_dtype
 
 ItemT = TypeVar("ItemT", TokenSequence, Prompt)
 ResultT = TypeVar("ResultT")
-
-_ENCODED_AT_ONCE = 2
-"""Labels that are turned into messages at a time: each exists in several copies while it is."""
 
 _OVERHEAD_BYTES = 1024
 
@@ -53,7 +50,8 @@ class Scoring:
         self._admission = admission
         self._cache = cache
         self._flights = Flights()
-        self._encoders = asyncio.Semaphore(_ENCODED_AT_ONCE)
+        # Labels exist in several copies while they are turned into a message.
+        self._encoding = asyncio.Lock()
 
     async def score(
         self, sequences: Sequence[TokenSequence], options: LabelOptions, *, client: str
@@ -68,6 +66,9 @@ class Scoring:
             payload = await self._payload(sequence, options, stream)
             # Protobuf messages that follow each other are one message with the fields of both.
             head = pb.ScoreSequencesResponse(id=sequence.id, from_cache=payload.from_cache)
+            note_labelled(
+                encoding=options.encoding, positions=len(sequence.label_positions), from_cache=payload.from_cache
+            )
             return head.SerializeToString() + payload.data
 
         def size(sequence: TokenSequence) -> int:
@@ -92,7 +93,7 @@ class Scoring:
 
         async def answer(prompt: Prompt, stream: Stream) -> Continuation:
             async with self.decodes.turn(client, tokens=tokens(prompt)):
-                return await self._engine.generate(prompt, options)
+                return await self._engine.generate(Prompt(id=prompt.id, token_ids=list(prompt.token_ids)), options)
 
         def size(prompt: Prompt) -> int:
             # Of those that are unread, most are far shorter than they might have been.
@@ -136,15 +137,12 @@ class Scoring:
         flight.announce_miss()
         async with flight.place():
             # Under the name of no request, for it may be shared.
-            scored = await self._engine.score(replace(sequence, id=""), options)
-        async with self._encoders:
-            return Payload(data=await asyncio.to_thread(self._encode, key, scored), from_cache=False)
-
-    def _encode(self, key: str, scored: ScoredSequence) -> bytes:
-        data = encode_scored(scored, label_dtype=self._label_dtype).SerializeToString()
+            scored = await self._engine.score(_plain(sequence), options)
+        async with self._encoding:
+            data = await asyncio.to_thread(_encode, scored, self._label_dtype)
         if self._cache is not None:
-            self._cache.put(key, data)
-        return data
+            await asyncio.to_thread(self._cache.put, key, data)
+        return Payload(data=data, from_cache=False)
 
     def _label_bytes(self, sequence: TokenSequence, options: LabelOptions) -> int:
         computed, sent = numpy_dtype(self._card.weights_dtype), numpy_dtype(self._label_dtype)
@@ -196,6 +194,15 @@ async def _as_they_come(
         for task in under_way:
             task.cancel()
         await asyncio.gather(*under_way, return_exceptions=True)
+
+
+def _encode(scored: ScoredSequence, label_dtype: str) -> bytes:
+    return encode_scored(scored, label_dtype=label_dtype).SerializeToString()
+
+
+def _plain(sequence: TokenSequence) -> TokenSequence:
+    """Without an id, and with lists in place of a message's fields."""
+    return TokenSequence(id="", token_ids=list(sequence.token_ids), label_positions=list(sequence.label_positions))
 
 
 def _failed(item: TokenSequence | Prompt, error: Exception) -> SmoothKDError:

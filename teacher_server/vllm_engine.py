@@ -24,7 +24,7 @@ from services.contract.sequences import Continuation, DecodeOptions, LabelOption
 from services.contract.soft_labels import Array, ScoredSequence, hash_sequence
 from teacher_server.adapter import merge_adapter
 from teacher_server.checkpoint_head import load_checkpoint_head
-from teacher_server.engine import Capacity, TeacherCard
+from teacher_server.engine import BatchReport, Capacity, TeacherCard
 from teacher_server.fingerprint import fingerprint_model
 from teacher_server.student_heads import StudentHeads
 from teacher_server.tokenizer import load_tokenizer, stop_token_ids
@@ -144,6 +144,9 @@ class VllmEngine:
         if answer.finish_reason not in ("stop", "length"):
             raise TeacherUnavailableError("the teacher gave it up", fix="Ask for this prompt again.")
         return Continuation(id=prompt.id, token_ids=tuple(answer.token_ids), finish_reason=answer.finish_reason)
+
+    def watch_batches(self, report: BatchReport) -> None:
+        """vLLM makes its batches in processes of its own, and never reports."""
 
     def close(self) -> None:
         """vLLM's processes live on: other weights may come into them."""

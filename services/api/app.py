@@ -3,7 +3,6 @@
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
-from typing import Any
 
 import uvicorn
 from fastapi import Depends, FastAPI
@@ -11,12 +10,13 @@ from fastapi.concurrency import run_in_threadpool
 
 from services.api.access import LoopbackOnly, require_key, require_safe_binding
 from services.api.document import PROBLEMS, complete_document
-from services.api.evidence import make_ranking
+from services.api.evidence import make_ranking, make_reporting
 from services.api.preflight import TeacherProbe, probe_teacher
 from services.api.problems import UnknownErrors, answer_with_problems
-from services.api.routes import events, health, results, runs, sweeps
+from services.api.routes import events, health, reports, results, runs, sweeps
 from services.contract.hosts import bind_error
 from services.contract.settings import Settings
+from services.logs import configure_logging
 from services.store.queue import Queue
 from services.store.reconciler import Reconciler
 from services.store.store import Store
@@ -26,15 +26,8 @@ GRACE_SECONDS = 5
 """How long requests under way may take to end once the API is told to stop."""
 QUEUE_RETRY_SECONDS = 0.5
 """Short, so that a request hears soon that the queue is down; the reconciler tries on by itself."""
-LOGGING: dict[str, Any] = {
-    "version": 1,
-    "disable_existing_loggers": False,
-    "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}},
-    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
-    "root": {"level": "INFO", "handlers": ["stderr"]},
-    # One line per request would drown what matters: dashboards ask all the time.
-    "loggers": {"uvicorn.access": {"level": "WARNING"}, "httpx": {"level": "WARNING"}},
-}
+# One line per request would drown what matters: dashboards ask all the time.
+LOG_LEVELS = {"": "INFO", "uvicorn.access": "WARNING", "httpx": "WARNING", "alembic": "WARNING"}
 
 
 def create_app(settings: Settings, store: Store, queue: Queue, *, probe: TeacherProbe = probe_teacher) -> FastAPI:
@@ -67,8 +60,8 @@ def create_app(settings: Settings, store: Store, queue: Queue, *, probe: Teacher
     )
     app.state.settings, app.state.store, app.state.queue = settings, store, queue
     app.state.reconciler, app.state.probe = reconciler, probe
-    app.state.ranking = make_ranking(store)
-    for part in (sweeps, events, runs, results):
+    app.state.ranking, app.state.reporting = make_ranking(store), make_reporting(store)
+    for part in (sweeps, events, runs, results, reports):
         app.include_router(part.router, prefix="/v1", dependencies=[Depends(require_key)], responses=PROBLEMS)
     app.include_router(health.router)
     complete_document(app)
@@ -81,13 +74,14 @@ def create_app(settings: Settings, store: Store, queue: Queue, *, probe: Teacher
 def serve(settings: Settings) -> None:
     """Serves until SIGINT or SIGTERM. PortInUseError and AuthenticationError come before anything is opened."""
     require_safe_binding(settings)
+    configure_logging(settings.log_format, levels=LOG_LEVELS)
     with (
         _listen(settings.api_host, settings.api_port) as listener,
         closing(Store(settings.resolved_database_url)) as store,
         closing(Queue(settings.resolved_redis_url, retry_seconds=QUEUE_RETRY_SECONDS)) as queue,
     ):
         config = uvicorn.Config(
-            create_app(settings, store, queue), log_config=LOGGING, timeout_graceful_shutdown=GRACE_SECONDS
+            create_app(settings, store, queue), log_config=None, timeout_graceful_shutdown=GRACE_SECONDS
         )
         uvicorn.Server(config).run(sockets=[listener])
 

@@ -111,9 +111,11 @@ def doctor() -> None:
 def api() -> None:
     """Serve the REST API and keep the queue true to the store."""
     from services.api.app import serve
+    from services.telemetry import start_telemetry
 
-    _log_to_stderr()
-    serve(_settings())
+    settings = _settings()
+    start_telemetry("smoothkd-api")
+    serve(settings)
 
 
 @app.command(rich_help_panel=PARTS)
@@ -130,6 +132,10 @@ def teacher(
     pipeline_parallel_size: Annotated[int, VLLM] = 1,
     quantization: Annotated[str | None, VLLM] = None,
     gpu_memory_utilization: Annotated[float, VLLM] = 0.8,
+    metrics_port: Annotated[int | None, typer.Option(help="Serve Prometheus metrics here.")] = None,
+    drain_seconds: Annotated[
+        float, typer.Option(min=0, help="How long a stopping teacher lets calls under way finish.")
+    ] = 20.0,
     generation: Annotated[
         bool, typer.Option("--generation", help="With vLLM: also decode, for sequence level, in a second engine.")
     ] = False,
@@ -148,6 +154,8 @@ def teacher(
             device=device,
             max_length=max_length,
             label_dtype=label_dtype,
+            metrics_port=metrics_port,
+            drain_seconds=drain_seconds,
             vllm=VllmOptions(
                 tensor_parallel_size=tensor_parallel_size,
                 pipeline_parallel_size=pipeline_parallel_size,
@@ -162,10 +170,14 @@ def teacher(
 @app.command(rich_help_panel=PARTS)
 def worker() -> None:
     """Take stages from the queue and run each in a process of its own."""
+    from services.logs import configure_logging
+    from services.telemetry import start_telemetry
     from student_trainer.worker import run_worker
 
-    _log_to_stderr()
-    run_worker(_settings())
+    settings = _settings()
+    configure_logging(settings.log_format, levels={"alembic": "WARNING"})
+    start_telemetry("smoothkd-worker")
+    run_worker(settings)
 
 
 @app.command(rich_help_panel=PARTS)
@@ -261,13 +273,6 @@ def _settings() -> "Settings":
     from services.contract.settings import load_settings
 
     return load_settings()
-
-
-def _log_to_stderr() -> None:
-    import logging
-
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("alembic").setLevel(logging.WARNING)
 
 
 def _report(error: SmoothKDError) -> None:

@@ -16,6 +16,7 @@ from services.contract.errors import (
     TeacherError,
     TeacherUnavailableError,
 )
+from services.contract.settings import Settings
 from student_trainer.teacher_client import TeacherClient
 from teacher_server.server import TeacherOptions
 from tests.teacher.serving import free_port, health_of, long_sequences, running_teacher, teacher_process, wait_until
@@ -30,7 +31,8 @@ def test_a_taken_port_is_refused(mock_address: str) -> None:
 
 def test_an_address_of_another_machine_is_refused() -> None:
     options = TeacherOptions(model="300", engine="mock", host="192.0.2.1", port=0)
-    with pytest.raises(InvalidInputError, match="cannot listen on 192"), running_teacher(options):
+    guarded = Settings(teacher_token="t")
+    with pytest.raises(InvalidInputError, match="cannot listen on 192"), running_teacher(options, settings=guarded):
         pass
 
 
@@ -49,11 +51,11 @@ def test_a_signal_stops_the_server_after_the_request_under_way(number: signal.Si
 
 
 def test_while_the_model_loads_the_server_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    from teacher_server import server
+    from teacher_server import models
 
     release = threading.Event()
-    load = server.load_engine
-    monkeypatch.setattr(server, "load_engine", lambda *inputs: (release.wait(60), load(*inputs))[1])
+    choose = models.engine_source
+    monkeypatch.setattr(models, "engine_source", lambda *inputs: (release.wait(60), choose(*inputs))[1])
     port = free_port()
     address = f"127.0.0.1:{port}"
     seen = []
@@ -73,7 +75,7 @@ def test_while_the_model_loads_the_server_says_so(monkeypatch: pytest.MonkeyPatc
     with running_teacher(TeacherOptions(model="300", engine="mock", port=port)):
         assert health_of(address) == "SERVING"
     watcher.join()
-    assert seen == ["the teacher is still loading its model"]
+    assert seen == [f"the teacher at {address} is starting or stopping"]
 
 
 def test_a_teacher_whose_labels_are_not_its_own_refuses_to_serve(
