@@ -5,6 +5,7 @@ sequences that are still missing, so that every sequence arrives exactly once.
 """
 
 import itertools
+import logging
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +17,7 @@ import grpc
 
 from services.contract.errors import (
     CancelledError,
+    HandshakeError,
     InvalidInputError,
     LabelMismatchError,
     StudentHeadMissingError,
@@ -39,6 +41,10 @@ from student_trainer.lm_head_cache import cached_lm_head
 from student_trainer.patience import Patience
 from student_trainer.student_head import MOST_REPLICAS, StudentHead
 from student_trainer.teacher_errors import translate
+from student_trainer.teacher_loading import load_on_every_replica
+from student_trainer.tracing import traced_stream
+
+log = logging.getLogger(__name__)
 
 Item = TypeVar("Item", TokenSequence, Prompt)
 Answer = TypeVar("Answer", ScoredSequence, Continuation)
@@ -90,16 +96,17 @@ class TeacherClient:
     ) -> None:
         self.address = address
         self.name = name or uuid.uuid4().hex
+        self._access = access or TeacherAccess()
         self._cache_dir = cache_dir
         self._timeout_seconds = timeout_seconds
         self._patience_seconds = patience_seconds
-        self._channel = open_teacher_channel(
-            address, access=access or TeacherAccess(), metadata=lambda: ((CLIENT_KEY, self.name),)
-        )
+        self._channel = open_teacher_channel(address, access=self._access, metadata=lambda: ((CLIENT_KEY, self.name),))
         self._stub = TeacherServiceStub(self._channel)
         self._closed = threading.Event()
         self._warned: set[str] = set()
         self._info: TeacherInfo | None = None
+        self._loaded: pb.LoadModelResponse | None = None
+        self._loaded_as = ""
         self._student_head: StudentHead | None = None
 
     def __enter__(self) -> "TeacherClient":
@@ -112,6 +119,18 @@ class TeacherClient:
         """End every request under way."""
         self._closed.set()
         self._channel.close()
+
+    def load_model(self, model: str) -> str:
+        """Have every replica serve the weights that ``model`` names, empty for those at its start; returns their name.
+
+        ``model`` is the teacher's own name, or a directory that the server sees, relative to its data directory or
+        absolute. From now on this client asks for these weights alone, and has them loaded again when the teacher went
+        over to others meanwhile. Waits for its turn while students use another teacher at the same address.
+        """
+        self._loaded = self._load_on_every_replica(model)
+        self._loaded_as = model
+        self._info = None
+        return self._loaded.model
 
     def handshake(self, tokenizer: StudentTokenizer, model_name: str = "", encoding: Encoding = "exact") -> TeacherInfo:
         """The teacher, once it is certain to serve ``model_name`` with the student's own tokenizer.
@@ -196,7 +215,12 @@ class TeacherClient:
             return scored
 
         def ask(part: Iterable[TokenSequence]) -> Any:
-            return self._stub.ScoreSequences(request(part), timeout=self._timeout_seconds)
+            message = request(part)
+            return traced_stream(
+                "ScoreSequences",
+                lambda metadata: self._stub.ScoreSequences(message, timeout=self._timeout_seconds, metadata=metadata),
+                sequences=len(message.sequences),
+            )
 
         return self._each_once(sequences, ask=ask, read=read)
 
@@ -222,16 +246,53 @@ class TeacherClient:
             )
 
         def ask(part: Iterable[Prompt]) -> Any:
-            return self._stub.GenerateSequences(request(part), timeout=self._timeout_seconds)
+            message = request(part)
+            return traced_stream(
+                "GenerateSequences",
+                lambda metadata: self._stub.GenerateSequences(
+                    message, timeout=self._timeout_seconds, metadata=metadata
+                ),
+                sequences=len(message.prompts),
+            )
 
         return self._each_once(prompts, ask=ask, read=read)
 
     def _get_teacher(self, model: str, *, probe_texts: Iterable[str]) -> pb.GetTeacherResponse:
         request = pb.GetTeacherRequest(model=model, probe_texts=probe_texts)
-        response: pb.GetTeacherResponse = self._patiently(
-            lambda: self._stub.GetTeacher(request, timeout=self._timeout_seconds)
+        while True:
+            response: pb.GetTeacherResponse = self._patiently(
+                lambda: self._stub.GetTeacher(request, timeout=self._timeout_seconds)
+            )
+            if self._loaded is None or response.fingerprint == self._loaded.fingerprint:
+                return response
+            self._load_again(self._loaded)
+
+    def _load_on_every_replica(self, model: str) -> pb.LoadModelResponse:
+        return load_on_every_replica(
+            self.address,
+            model,
+            access=self._access,
+            patience_seconds=self._patience_seconds,
+            closed=self._closed,
         )
-        return response
+
+    def _load_again(self, loaded: pb.LoadModelResponse) -> None:
+        again = self._load_on_every_replica(self._loaded_as)
+        if again.fingerprint != loaded.fingerprint:
+            raise HandshakeError(
+                f"the weights of {again.model} have changed while they were in use: their fingerprint is "
+                f"{again.fingerprint} and was {loaded.fingerprint}",
+                fix="Start the run again; write other weights to another directory.",
+            )
+
+    def _has_loaded_again(self, error: grpc.RpcError) -> bool:
+        """Whether the request failed because the teacher went over to other weights, and it is back now."""
+        told = translate(error, address=self.address)
+        if self._loaded is None or not isinstance(told, HandshakeError):
+            return False
+        log.info("%s; having %s loaded again", told.what, self._loaded.model)
+        self._load_again(self._loaded)
+        return True
 
     def _patiently(self, attempt: Callable[[], Any]) -> Any:
         patience = self._patience()
@@ -241,7 +302,8 @@ class TeacherClient:
                 return attempt()
             except grpc.RpcError as error:
                 self._require_open()
-                patience.wait_or_raise(error)
+                if not self._has_loaded_again(error):
+                    patience.wait_or_raise(error)
 
     def _patience(self) -> Patience:
         return Patience(
@@ -286,7 +348,8 @@ class TeacherClient:
                     yield answer
             except grpc.RpcError as error:
                 self._require_open()
-                if not self._sent_missing_head(error, patience, missed_at=head_sent):
+                sent = self._sent_missing_head(error, patience, missed_at=head_sent)
+                if not sent and not self._has_loaded_again(error):
                     patience.wait_or_raise(error)
             else:
                 if asked:

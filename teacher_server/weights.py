@@ -78,9 +78,10 @@ def find_replacement(name: str, *, start: Weights, roots: Sequence[Path], settin
     Otherwise a directory below one of ``roots``, with a checkpoint of the same architecture and shapes or with an
     adapter of the same base. ModelNotFoundError, UnsupportedError or HandshakeError says why not.
     """
-    if not name or start.is_called(name):
+    # A name that is relative lies below the first root, whatever directory the server was started in.
+    directory = roots[0] / Path(name).expanduser()
+    if not name or start.is_called(name) or start.is_called(str(directory)):
         return weights_at(start.name, directory=start.directory, adapter=start.adapter, revision=start.revision)
-    directory = Path(name).expanduser()
     if not directory.is_dir():
         where = "a directory" if is_path(name) else "the model it was started with or a directory"
         raise ModelNotFoundError(

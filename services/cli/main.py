@@ -121,13 +121,18 @@ def api() -> None:
 @app.command(rich_help_panel=PARTS)
 def teacher(
     *,
-    model: TeacherModel,
+    model: Annotated[str, typer.Option(help="Directory or hub id of the teacher, or directory of a LoRA adapter.")],
+    base: Annotated[str | None, typer.Option(help="Of an adapter: its model, where it does not name it.")] = None,
     revision: Annotated[str | None, typer.Option(help="Revision on the hub.")] = None,
     engine: Engine = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
     max_length: Annotated[int | None, typer.Option(min=2, help="Longest sequence in tokens.")] = None,
     label_dtype: Annotated[str, typer.Option(help="Type of hidden states on the wire; auto has 16 bits.")] = "auto",
+    allow_models_below: Annotated[
+        list[Path] | None,
+        typer.Option(help="Where other weights may be loaded from, besides the data directory; repeatable."),
+    ] = None,
     tensor_parallel_size: Annotated[int, VLLM] = 1,
     pipeline_parallel_size: Annotated[int, VLLM] = 1,
     quantization: Annotated[str | None, VLLM] = None,
@@ -139,6 +144,9 @@ def teacher(
     generation: Annotated[
         bool, typer.Option("--generation", help="With vLLM: also decode, for sequence level, in a second engine.")
     ] = False,
+    max_lora_rank: Annotated[
+        int, typer.Option(min=0, help="Largest LoRA adapter to be loaded later.", rich_help_panel="vLLM")
+    ] = 0,
 ) -> None:
     """Serve a teacher's soft labels over gRPC."""
     from teacher_server.server import TeacherOptions, serve
@@ -149,6 +157,8 @@ def teacher(
         TeacherOptions(
             model=model,
             revision=revision,
+            base=base,
+            allow_models_below=tuple(allow_models_below or ()),
             engine=engine,
             dtype=dtype,
             device=device,
@@ -162,9 +172,26 @@ def teacher(
                 quantization=quantization,
                 gpu_memory_utilization=gpu_memory_utilization,
                 generation=generation,
+                max_lora_rank=max_lora_rank,
             ),
         ),
     )
+
+
+@app.command(rich_help_panel=PARTS)
+def load_teacher(
+    model: Annotated[str, typer.Argument(help="Directory of a checkpoint or LoRA adapter; empty: as at the start.")],
+) -> None:
+    """Have the running teacher serve other weights, without a restart."""
+    from services.contract.teacher_channel import teacher_access
+    from student_trainer.teacher_client import TeacherClient
+
+    settings = _settings()
+    name = str(Path(model).absolute()) if model and Path(model).is_dir() else model
+    with TeacherClient(settings.resolved_teacher_address, access=teacher_access(settings)) as client:
+        client.load_model(name)
+        info = client.describe()
+    typer.echo(f"{info.model} (fingerprint {info.fingerprint})")
 
 
 @app.command(rich_help_panel=PARTS)

@@ -74,13 +74,15 @@ def open_teacher_channel(
     *,
     access: TeacherAccess,
     balanced: bool = True,
+    authority: str = "",
     metadata: Callable[[], Metadata] | None = None,
 ) -> grpc.Channel:
     """A channel to ``address``: host:port, several with commas between, or a gRPC target, with or without tls://.
 
     A balanced channel shares its calls between the replicas that say they serve (gRPC's round_robin and health
-    watch); one that is not balanced asks the first that answers, serving or not. ``metadata`` is asked for more of
-    it at each call. InvalidInputError for an address that is none.
+    watch); one that is not balanced asks the first that answers, serving or not. ``authority``: the name that a
+    numeric target's certificate bears. ``metadata`` is asked for more of it at each call. InvalidInputError for an
+    address that is none.
     """
     encrypted = access.tls is not None or address.startswith(TLS_PREFIX)
     address = address.removeprefix(TLS_PREFIX)
@@ -90,7 +92,9 @@ def open_teacher_channel(
     if replicas:
         target = _numeric_target(replicas)
         # A list has no name of its own; replicas behind TLS share the first one's.
-        options.append(("grpc.default_authority", replicas[0][0]))
+        authority = authority or replicas[0][0]
+    if authority:
+        options.append(("grpc.default_authority", authority))
     channel = (
         grpc.secure_channel(target, access.tls or grpc.ssl_channel_credentials(), options=options)
         if encrypted
@@ -102,6 +106,23 @@ def open_teacher_channel(
         return (*token, *(metadata() if metadata is not None else ()))
 
     return grpc.intercept_channel(channel, _AddMetadata(everything))
+
+
+def open_replica_channels(address: str, *, access: TeacherAccess) -> list[grpc.Channel]:
+    """A channel to each machine behind ``address``, for what every replica has to be told by itself."""
+    prefix = TLS_PREFIX if address.startswith(TLS_PREFIX) else ""
+    target, authority = address.removeprefix(TLS_PREFIX), ""
+    single = _HOST_PORT.fullmatch(target)
+    replicas = [(single["bracketed"] or single["host"], int(single["port"]))] if single else _listed_replicas(target)
+    if replicas:
+        target, authority = _numeric_target(replicas), replicas[0][0]
+    scheme, _, machines = target.partition(":")
+    if scheme not in ("ipv4", "ipv6"):
+        return [open_teacher_channel(address, access=access, balanced=False)]
+    return [
+        open_teacher_channel(f"{prefix}{scheme}:{machine}", access=access, balanced=False, authority=authority)
+        for machine in machines.split(",")
+    ]
 
 
 def _service_config(*, balanced: bool) -> str:
