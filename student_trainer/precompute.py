@@ -64,7 +64,6 @@ def precompute_labels(
             teacher_max_length=teacher.info.max_length,
             should_stop=should_stop,
         )
-        teacher.verify(examples[0])
         # Records that are alike have the same labels.
         wanted = {_hash(sequence): sequence for sequence in (label_request(e, id=str(e.index)) for e in examples)}
         already = 0
@@ -114,6 +113,8 @@ def _ask(
     with Progress("labels", unit="sequences", total=len(by_id)) as progress:
         scored: ScoredSequence
         for done, scored in enumerate(teacher.source.score(by_id.values(), teacher.options), start=1):
+            if done == 1:
+                teacher.check(scored, by_id[scored.id])
             hits += scored.from_cache
             if writer:
                 writer.write(by_id[scored.id], scored)

@@ -9,8 +9,9 @@ from transformers import PreTrainedTokenizerBase
 
 from services.contract.distillation_spec import DistillationSpec
 from services.contract.lm_head import LmHead
-from services.contract.sequences import LabelOptions
+from services.contract.sequences import LabelOptions, TokenSequence
 from services.contract.settings import Settings
+from services.contract.soft_labels import ScoredSequence
 from services.contract.spec import RunSpec
 from services.contract.teacher_channel import teacher_access
 from student_trainer.alignment import verify_token_logprobs
@@ -36,8 +37,13 @@ class Teacher:
         """LabelMismatchError unless the labels of one record fit the log-probabilities that come with them."""
         sequence = label_request(example, id="start-up")
         (scored,) = self.source.score([sequence], self.options)
-        difference = verify_token_logprobs(scored, sequence, head=self.lm_head, temperature=self.options.temperature)
-        log.info("labels of record %d agree with the teacher to %.1e nats", example.index, difference)
+        log.info("labels of record %d agree with the teacher to %.1e nats", example.index, self.check(scored, sequence))
+
+    def check(self, scored: ScoredSequence, sequence: TokenSequence) -> float:
+        """The difference in nats between labels and the log-probabilities beside them; LabelMismatchError beyond what
+        rounding explains.
+        """
+        return verify_token_logprobs(scored, sequence, head=self.lm_head, temperature=self.options.temperature)
 
     def head_on(self, device: torch.device, *, dtype: torch.dtype) -> OutputHead | None:
         """The teacher's output head beside the student, in the type that the loss multiplies with."""

@@ -7,10 +7,12 @@ from typing import Protocol
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from services.contract.distillation_spec import StudentSpec
 from services.contract.errors import (
     AuthenticationError,
     DatasetError,
     HandshakeError,
+    InvalidInputError,
     LimitExceededError,
     ModelNotFoundError,
     TeacherUnavailableError,
@@ -18,7 +20,8 @@ from services.contract.errors import (
 )
 from services.contract.evaluation_spec import QUESTIONS, SUMMARISATION, BenchmarkSpec
 from services.contract.settings import Settings
-from services.contract.spec import StudentSpec, SweepSpec, TeacherSpec
+from services.contract.soft_labels import WIRE_ENCODINGS
+from services.contract.spec import SweepSpec, TeacherSpec
 from services.contract.teacher.v1 import teacher_service_pb2 as wire
 from services.contract.teacher.v1 import teacher_service_pb2_grpc as wire_grpc
 from services.contract.teacher_channel import connection_problem, open_teacher_channel, teacher_access
@@ -28,7 +31,6 @@ from services.models.directory import check_model_directory, is_path
 
 MAX_RUNS = 10_000
 PROBE_SECONDS = 3.0
-ENCODINGS = {"exact": wire.ENCODING_EXACT, "top_k": wire.ENCODING_TOP_K, "full": wire.ENCODING_FULL}
 
 
 class TeacherProbe(Protocol):
@@ -72,7 +74,7 @@ def check_sweep(spec: SweepSpec, *, settings: Settings, probe: TeacherProbe = pr
     """Raises the first thing that would make the sweep fail, cheapest checks first; stores nothing.
 
     The size of the grid, the release's abilities, a local student's directory, the data set and its columns,
-    benchmarks, and the teacher where the sweep needs one.
+    benchmarks, the directory of label files, and the teacher where the sweep needs one.
     """
     _check_size(spec)
     if spec.teacher is not None and spec.teacher.finetune is not None:
@@ -84,8 +86,10 @@ def check_sweep(spec: SweepSpec, *, settings: Settings, probe: TeacherProbe = pr
     check_dataset(spec.dataset, offline=settings.offline)
     for benchmark in spec.evaluation.benchmarks:
         _check_benchmark(benchmark, limit=spec.evaluation.limit, offline=settings.offline)
-    decodes = spec.distillation.level != "word"
-    if spec.teacher is not None and (decodes or max(spec.grid.alpha) > 0):
+    decodes, labels = spec.distillation.level != "word", spec.distillation.labels
+    if labels.path is not None:
+        _check_label_files(Path(labels.path).expanduser())
+    if spec.teacher is not None and (decodes or (max(spec.grid.alpha) > 0 and labels.path is None)):
         address = settings.resolved_teacher_address
         _check_teacher(spec, spec.teacher, probe(settings, model=spec.teacher.model), address=address)
 
@@ -123,6 +127,14 @@ def _check_benchmark(benchmark: BenchmarkSpec, *, limit: int | None, offline: bo
         check_questions(benchmark, limit=limit, offline=offline)
 
 
+def _check_label_files(directory: Path) -> None:
+    if not directory.is_dir():
+        raise InvalidInputError(
+            f"distillation.labels.path: there is no directory {directory} (looked from {Path.cwd()})",
+            fix="Correct the path, or write label files there with `smoothkd labels export`.",
+        )
+
+
 def _check_teacher(spec: SweepSpec, wanted: TeacherSpec, teacher: wire.GetTeacherResponse, *, address: str) -> None:
     if wanted.revision and teacher.revision and wanted.revision != teacher.revision:
         raise HandshakeError(
@@ -130,8 +142,8 @@ def _check_teacher(spec: SweepSpec, wanted: TeacherSpec, teacher: wire.GetTeache
             fix="Start the teacher with that revision, or name the one it serves.",
         )
     labels = spec.distillation.labels
-    if max(spec.grid.alpha) > 0 and ENCODINGS[labels.encoding] not in teacher.encodings:
-        offered = [name for name, number in ENCODINGS.items() if number in teacher.encodings]
+    if max(spec.grid.alpha) > 0 and WIRE_ENCODINGS[labels.encoding] not in teacher.encodings:
+        offered = [name for name, number in WIRE_ENCODINGS.items() if number in teacher.encodings]
         raise UnsupportedError(
             f"distillation.labels.encoding: the teacher at {address} does not offer {labels.encoding}",
             fix=f"Use one of {', '.join(offered)}.",
@@ -140,6 +152,12 @@ def _check_teacher(spec: SweepSpec, wanted: TeacherSpec, teacher: wire.GetTeache
         raise LimitExceededError(
             f"distillation.labels.k: {labels.k} is more than the {teacher.max_k} that the teacher at {address} gives",
             fix=f"Use k: {teacher.max_k} or less.",
+        )
+    if labels.draws is not None and labels.draws > teacher.max_draws:
+        raise LimitExceededError(
+            f"distillation.labels.draws: {labels.draws} is more than the {teacher.max_draws} that the teacher at "
+            f"{address} makes",
+            fix=f"Use draws: {teacher.max_draws} or less.",
         )
     if spec.training.max_length > teacher.max_length:
         raise LimitExceededError(

@@ -12,6 +12,7 @@ from services.api.preflight import check_sweep, probe_teacher
 from services.contract.errors import (
     DatasetError,
     HandshakeError,
+    InvalidInputError,
     LimitExceededError,
     ModelNotFoundError,
     SmoothKDError,
@@ -58,6 +59,13 @@ def test_a_good_sweep_passes() -> None:
 
 def test_sft_asks_no_teacher() -> None:
     check_sweep(make_spec(grid={"alpha": 0}), settings=Settings(offline=True), probe=no_teacher)
+
+
+def test_labels_in_files_ask_no_teacher_and_must_be_there(tmp_path: Path) -> None:
+    spec = make_spec(distillation={"labels": {"path": str(tmp_path)}})
+    check_sweep(spec, settings=Settings(offline=True), probe=no_teacher)
+    absent = make_spec(distillation={"labels": {"path": str(tmp_path / "no")}})
+    assert "distillation.labels.path" in refusal(absent, error=InvalidInputError).what
 
 
 def test_teacher_finetune_is_refused_with_the_way_round_it() -> None:
