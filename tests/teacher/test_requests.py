@@ -45,6 +45,10 @@ def top_k(**fields: Any) -> pb.LabelOptions:
     return pb.LabelOptions(encoding=pb.ENCODING_TOP_K, **fields)
 
 
+def sampled(**fields: Any) -> pb.LabelOptions:
+    return pb.LabelOptions(encoding=pb.ENCODING_SAMPLED, **fields)
+
+
 INVALID, FAILED = "INVALID_ARGUMENT", "FAILED_PRECONDITION"
 REFUSED = {
     "nothing asked": (pb.ScoreSequencesRequest(options=top_k(k=1)), INVALID, "invalid_input", "no sequences"),
@@ -82,13 +86,46 @@ REFUSED = {
         score(options=pb.LabelOptions(encoding=pb.ENCODING_EXACT, k=5)),
         INVALID,
         "invalid_input",
-        "only go with top_k",
+        "k only goes with top_k",
     ),
     "temperature with exact": (
         score(options=pb.LabelOptions(encoding=pb.ENCODING_EXACT, temperature=2)),
         INVALID,
         "invalid_input",
-        "only go with top_k",
+        "temperature does not go with exact",
+    ),
+    "draws with top_k": (score(options=top_k(k=1, draws=3)), INVALID, "invalid_input", "draws only goes with sampled"),
+    "a seed with full": (
+        score(options=pb.LabelOptions(encoding=pb.ENCODING_FULL, seed=1)),
+        INVALID,
+        "invalid_input",
+        "seed only goes with sampled",
+    ),
+    "a student head with exact": (
+        score(options=pb.LabelOptions(encoding=pb.ENCODING_EXACT, student_head="f00")),
+        INVALID,
+        "invalid_input",
+        "student_head only goes with projected",
+    ),
+    "no draws": (score(options=sampled()), INVALID, "invalid_input", "draws is 0"),
+    "too many draws": (score(options=sampled(draws=1025)), INVALID, "limit_exceeded", "draws is 1025"),
+    "draws at infinite temperature": (
+        score(options=sampled(draws=1, temperature=math.inf)),
+        INVALID,
+        "invalid_input",
+        "temperature inf",
+    ),
+    "projected without a head": (
+        score(options=pb.LabelOptions(encoding=pb.ENCODING_PROJECTED)),
+        INVALID,
+        "invalid_input",
+        "need a student head",
+    ),
+    "a student head that never came": (
+        score(options=pb.LabelOptions(encoding=pb.ENCODING_PROJECTED, student_head="f" * 64)),
+        FAILED,
+        "student_head_missing",
+        "no student head ffffffffffff",
     ),
     "negative temperature": (score(options=top_k(k=1, temperature=-1)), INVALID, "invalid_input", "temperature -1.0"),
     "temperature NaN": (score(options=top_k(k=1, temperature=math.nan)), INVALID, "invalid_input", "temperature nan"),
