@@ -43,7 +43,9 @@ EXTRAS = {
     "grpc_reflection": "teacher",
     "torch": "worker",
     "transformers": "worker",
+    "pyarrow": "worker",
     "rouge_score": "worker",
+    "safetensors": "worker",
     "streamlit": "dashboard",
 }
 """Which extra of the installation brings a package."""
