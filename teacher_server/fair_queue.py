@@ -81,7 +81,11 @@ class FairQueue:
             self.sequences -= 1
             self.tokens -= place.tokens
         place.state = "left"
-        self._give_places()
+        if self._lines:
+            self._give_places()
+        elif not self.sequences:
+            # Nobody is behind or ahead of anybody any more.
+            self._times.clear()
 
     def _remove(self, place: "Place") -> None:
         line = self._lines[place.client]

@@ -6,8 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from services.contract.errors import InvalidInputError, ModelNotFoundError, TeacherUnavailableError
-from services.contract.sequences import Continuation, DecodeOptions, LabelOptions, Prompt, TokenSequence
+from services.contract.sequences import DecodeOptions, LabelOptions, Prompt, TokenSequence
 from services.contract.soft_labels import ScoredSequence
 from teacher_server.batching import BatchingEngine
 from teacher_server.mock_engine import MockModel
@@ -154,29 +153,29 @@ class Recorder(MockModel):
         return super().score(work)
 
 
-async def collect(stream: AsyncGenerator[ScoredSequence | Continuation, None]) -> list[str]:
-    async with aclosing(stream):
-        return [scored.id async for scored in stream]
+async def scores(engine: BatchingEngine, sequences: Sequence[TokenSequence]) -> list[str]:
+    scored = await asyncio.gather(*(engine.score(each, LabelOptions()) for each in sequences))
+    return [each.id for each in scored]
 
 
-def batches_of(*requests: list[TokenSequence]) -> list[list[TokenSequence]]:
-    """The batches in which concurrent requests are computed, after one that holds the engine meanwhile."""
+def batches_of(sequences: list[TokenSequence]) -> list[list[TokenSequence]]:
+    """The batches in which concurrent sequences are computed, after one that holds the engine meanwhile."""
     model = Recorder()
     engine = BatchingEngine(model)
 
     async def run() -> None:
-        first = asyncio.ensure_future(collect(engine.score([sequence([1, 2], name="first")], LabelOptions())))
+        first = asyncio.ensure_future(scores(engine, [sequence([1, 2], name="first")]))
         await asyncio.to_thread(model.entered.wait, 30)
-        others = [asyncio.ensure_future(collect(engine.score(request, LabelOptions()))) for request in requests]
-        while len(engine._lanes) < 1 + len(requests):
+        others = asyncio.ensure_future(scores(engine, sequences))
+        while len(engine._waiting) < len(sequences):
             await asyncio.sleep(0)
         model.release.set()
-        answers = await asyncio.gather(first, *others)
-        for request, ids in zip(requests, answers[1:], strict=True):
-            assert sorted(ids) == sorted(each.id for each in request)
+        assert await first == ["first"]
+        assert await others == [each.id for each in sequences]
 
     asyncio.run(run())
     engine.close()
+    assert sorted(each.id for batch in model.batches[1:] for each in batch) == sorted(each.id for each in sequences)
     return model.batches[1:]
 
 
@@ -196,22 +195,13 @@ def test_batches_stay_within_their_bounds() -> None:
     assert [len(batch) for batch in batches] == [1]
 
 
-def test_concurrent_requests_share_batches_and_turns() -> None:
-    requests = [[sequence([1] * 20, name=f"{name}{index}") for index in range(12)] for name in "abc"]
-    batches = batches_of(*requests)
-    assert sum(map(len, batches)) == 36
-    # 8 places a batch among three: each has 2 or 3 until it is served.
-    for batch in batches[:3]:
-        counts = [sum(each.id.startswith(name) for each in batch) for name in "abc"]
-        assert min(counts) >= 2
-
-
-def test_a_request_of_other_lengths_waits_one_turn_at_most() -> None:
-    many = [sequence([1] * 500, name=f"many{index}") for index in range(64)]
-    few = [sequence([1] * 20, name=f"few{index}") for index in range(3)]
-    batches = batches_of(many, few)
-    turns = [index for index, batch in enumerate(batches) if any(each.id.startswith("few") for each in batch)]
+def test_whoever_has_waited_longest_leads_the_next_batch() -> None:
+    many = [sequence([1] * 500, name=f"many{index}") for index in range(40)]
+    odd = [sequence([1] * 20, name=f"odd{index}") for index in range(2)]
+    batches = batches_of([many[0], odd[0], *many[1:], odd[1]])
+    turns = [index for index, batch in enumerate(batches) if any(each.id.startswith("odd") for each in batch)]
     assert turns == [1]
+    assert [len(batch) for batch in batches] == [8, 2, 8, 8, 8, 8]
 
 
 def test_what_is_cancelled_before_its_turn_is_not_computed() -> None:
@@ -219,19 +209,19 @@ def test_what_is_cancelled_before_its_turn_is_not_computed() -> None:
     engine = BatchingEngine(model)
 
     async def run() -> None:
-        first = asyncio.ensure_future(collect(engine.score([sequence([1, 2], name="first")], LabelOptions())))
+        first = asyncio.ensure_future(scores(engine, [sequence([1, 2], name="first")]))
         await asyncio.to_thread(model.entered.wait, 30)
-        request = [sequence([1] * 9, name=str(index)) for index in range(99)]
-        dropped = asyncio.ensure_future(collect(engine.score(request, LabelOptions())))
-        while len(engine._lanes) < 2:
+        dropped = asyncio.ensure_future(scores(engine, [sequence([1] * 9, name=str(index)) for index in range(99)]))
+        while len(engine._waiting) < 99:
             await asyncio.sleep(0)
         dropped.cancel()
         with pytest.raises(asyncio.CancelledError):
             await dropped
-        assert len(engine._lanes) == 1
+        while engine._waiting:
+            await asyncio.sleep(0)
         model.release.set()
         assert await first == ["first"]
-        assert await collect(engine.score([sequence([1, 2], name="next")], LabelOptions())) == ["next"]
+        assert await scores(engine, [sequence([1, 2], name="next")]) == ["next"]
 
     asyncio.run(run())
     engine.close()
@@ -257,36 +247,98 @@ def test_a_cancelled_decode_ends_at_its_next_step(
         prompts = [Prompt(id=str(index), token_ids=[5 + index]) for index in range(4)]
         # No token can stop these before 250.
         options = DecodeOptions(max_new_tokens=250, stop_token_ids=(engine.describe().vocab_size,))
-        decode = asyncio.ensure_future(collect(engine.generate(prompts, options)))
+        decode = asyncio.gather(*(engine.generate(prompt, options) for prompt in prompts))
         await asyncio.to_thread(reached.wait, 30)
         decode.cancel()
         with pytest.raises(asyncio.CancelledError):
             await decode
         cancelled.set()
-        assert await collect(engine.score([sequence([1, 2])], LabelOptions())) == ["x"]
+        assert await scores(engine, [sequence([1, 2])]) == ["x"]
 
     asyncio.run(run())
     engine.close()
     assert len(steps) == 3
 
 
-def test_a_batch_that_fails_is_told_and_the_engine_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = MockModel("300")
+def test_a_sequence_that_fails_does_not_fail_its_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    compute = MockModel.score
+
+    def fail_on_13(model: MockModel, work: Any) -> Any:
+        if any(13 in each.token_ids for each, _ in work):
+            raise RuntimeError("device lost")
+        return compute(model, work)
+
+    monkeypatch.setattr(MockModel, "score", fail_on_13)
+    model = Recorder()
     engine = BatchingEngine(model)
-    compute = model.score
-    failures = [RuntimeError("device lost")]
-    monkeypatch.setattr(model, "score", lambda work: compute(work) if not failures else _raise(failures.pop()))
 
     async def run() -> None:
-        with pytest.raises(RuntimeError, match="device lost"):
-            await collect(engine.score([sequence([1, 2])], LabelOptions()))
-        assert await collect(engine.score([sequence([1, 2])], LabelOptions())) == ["x"]
-        engine.close()
-        with pytest.raises(TeacherUnavailableError, match="stopping"):
-            await collect(engine.score([sequence([1, 2])], LabelOptions()))
+        first = asyncio.ensure_future(scores(engine, [sequence([1, 2], name="first")]))
+        await asyncio.to_thread(model.entered.wait, 30)
+        work = [
+            engine.score(sequence([13 if index == 3 else 1, 2], name=str(index)), LabelOptions()) for index in range(8)
+        ]
+        others = asyncio.ensure_future(asyncio.gather(*work, return_exceptions=True))
+        while len(engine._waiting) < 8:
+            await asyncio.sleep(0)
+        model.release.set()
+        await first
+        found = await others
+        assert [str(each) if isinstance(each, Exception) else each.id for each in found] == [
+            *"012",
+            "device lost",
+            *"4567",
+        ]
+        assert await scores(engine, [sequence([1, 2])]) == ["x"]
 
     asyncio.run(run())
+    engine.close()
 
 
-def _raise(error: Exception) -> Any:
-    raise error
+def test_a_decode_that_fails_midway_goes_on_for_those_who_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [Prompt(id=str(index), token_ids=[5 + index]) for index in range(4)]
+    options = DecodeOptions(max_new_tokens=20, stop_token_ids=(299,))
+    model = MockModel("300")
+    decode = MockModel.generate
+
+    def fail_on_7(mock: MockModel, work: Any, how: Any, watch: Any) -> None:
+        steps = []
+        step = watch.after_step
+
+        def after_step() -> None:
+            steps.append(1)
+            if len(steps) == 9 and any(7 in each.token_ids for each in work):
+                raise RuntimeError("device lost")
+            step()
+
+        watch.after_step = after_step
+        decode(mock, work, how, watch)
+
+    async def run() -> tuple[list[Any], list[Any]]:
+        engine = BatchingEngine(model)
+        expected = await asyncio.gather(*(engine.generate(each, options) for each in prompts))
+        monkeypatch.setattr(MockModel, "generate", fail_on_7)
+        found = await asyncio.gather(*(engine.generate(each, options) for each in prompts), return_exceptions=True)
+        engine.close()
+        return expected, found
+
+    expected, found = asyncio.run(run())
+    assert [str(found[2])] == ["device lost"]
+    assert [*found[:2], found[3]] == [*expected[:2], expected[3]]
+
+
+def test_a_closed_engine_ends_what_is_under_way() -> None:
+    model = Recorder()
+    engine = BatchingEngine(model)
+
+    async def run() -> None:
+        work = [asyncio.ensure_future(engine.score(sequence([1, 2]), LabelOptions())) for _ in range(3)]
+        await asyncio.to_thread(model.entered.wait, 30)
+        engine.close()
+        for outcome in await asyncio.gather(*work, return_exceptions=True):
+            assert isinstance(outcome, TeacherUnavailableError)
+        model.release.set()
+        with pytest.raises(TeacherUnavailableError, match="stopping"):
+            await engine.score(sequence([1, 2]), LabelOptions())
+
+    asyncio.run(run())
