@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -22,16 +23,18 @@ from services.contract.errors import (
     OverloadedError,
     SmoothKDError,
     TeacherError,
+    TeacherUnavailableError,
 )
 from services.contract.sequences import DecodeOptions, LabelOptions, Prompt, TokenSequence
 from services.contract.settings import Settings
 from services.contract.soft_labels import ScoredSequence
 from student_trainer import teacher_loading
 from student_trainer.teacher_client import TeacherClient
-from teacher_server import models
+from teacher_server import engines, models, served
 from teacher_server.batching import BatchingEngine
 from teacher_server.determinism import determinism_spread
 from teacher_server.options import TeacherOptions
+from teacher_server.served import Checked, Served
 from teacher_server.transformers_engine import TransformersModel
 from tests.teacher.models import make_model
 from tests.teacher.serving import running_teacher
@@ -102,6 +105,18 @@ def client(folder: Folder) -> Iterator[TeacherClient]:
         yield client
 
 
+@pytest.fixture(params=[False, True], ids=["beside", "in place"])
+def either(request: pytest.FixtureRequest, folder: Folder, monkeypatch: pytest.MonkeyPatch) -> Iterator[TeacherClient]:
+    """A client of an engine that loads weights beside the old ones, and of one that loads them in their place."""
+    monkeypatch.setattr(engines._TransformersSource, "in_place", request.param)
+    options = TeacherOptions(model=str(folder.base), engine="transformers", port=0, label_dtype="float32")
+    with (
+        running_teacher(options, settings=Settings(data_dir=folder.data, label_cache_gib=0)) as address,
+        TeacherClient(address, patience_seconds=5) as client,
+    ):
+        yield client
+
+
 def anew(client: TeacherClient) -> TeacherClient:
     """A student that comes now, and so knows nothing of the weights before."""
     return TeacherClient(client.address, patience_seconds=1)
@@ -125,7 +140,8 @@ def assert_serves(client: TeacherClient, directory: Path) -> None:
     assert list(continuation.token_ids) == written[: len(continuation.token_ids)]
 
 
-def test_a_checkpoint_an_adapter_and_the_start_again(client: TeacherClient, folder: Folder) -> None:
+def test_a_checkpoint_an_adapter_and_the_start_again(either: TeacherClient, folder: Folder) -> None:
+    client = either
     fingerprints = {client.describe().fingerprint}
     assert_serves(client, folder.base)
     for name, expected in ((folder.tuned, folder.tuned), (folder.adapter, folder.merged), ("", folder.base)):
@@ -288,6 +304,49 @@ def test_an_adapter_that_cannot_be_served_leaves_the_old_weights_serving(
     assert_serves(client, folder.base)
 
 
+def test_after_a_failure_in_place_the_old_weights_come_back(either: TeacherClient, folder: Folder) -> None:
+    directory = folder.data / "damaged"
+    shutil.rmtree(directory, ignore_errors=True)
+    shutil.copytree(folder.tuned, directory)
+    _nan(directory)
+    before = either.describe().fingerprint
+    with pytest.raises(TeacherError, match="not finite"):
+        either.load_model(str(directory))
+    assert_serves(either, folder.base)
+    with anew(either) as student:
+        assert student.describe().fingerprint == before
+
+
+def test_a_request_under_way_ends_before_its_weights_go(folder: Folder) -> None:
+    """On the weights it began with, or, once it has been waited for long enough, in an error that says to ask again."""
+
+    async def switch(*, patience: float, work: float) -> str:
+        engine = BatchingEngine(TransformersModel(folder.base))
+        serving = Served(engine, cast(Checked, None))
+
+        async def request() -> str:
+            with serving.in_use():
+                await asyncio.sleep(work)
+                return "done"
+
+        asking = asyncio.ensure_future(request())
+        await asyncio.sleep(0)
+        assert serving.idle_seconds() == 0
+        served.DRAIN_SECONDS, kept = patience, served.DRAIN_SECONDS
+        try:
+            await serving.drain()
+            assert asking.done()
+            return await asking
+        except TeacherUnavailableError as error:
+            return error.what
+        finally:
+            served.DRAIN_SECONDS = kept
+            serving.retire()
+
+    assert asyncio.run(switch(patience=30, work=0.2)) == "done"
+    assert asyncio.run(switch(patience=0, work=30)) == "the teacher has gone over to other weights"
+
+
 def test_only_allowed_directories_are_loaded(client: TeacherClient, folder: Folder, tmp_path: Path) -> None:
     shutil.copytree(folder.tuned, tmp_path / "elsewhere")
     with pytest.raises(InvalidInputError, match=r"may not load .*outside"):
@@ -335,14 +394,14 @@ def test_weights_in_use_stay_for_a_while(
 
 
 def test_two_students_of_two_teachers_take_turns(
-    client: TeacherClient, folder: Folder, monkeypatch: pytest.MonkeyPatch
+    either: TeacherClient, folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each gets the labels of its own teacher alone, whoever is served when it asks."""
     monkeypatch.setattr(models, "LEAST_SECONDS", 0.2)
     monkeypatch.setattr(models, "IDLE_SECONDS", 0.2)
 
     def learn(directory: Path) -> list[float]:
-        with anew(client) as student:
+        with TeacherClient(either.address, patience_seconds=20) as student:
             student.load_model(str(directory))
             return [
                 float(answer.token_logprobs_N[0])
