@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.contract.errors import CancelledError, InvalidInputError
+from services.contract.errors import CancelledError, InvalidInputError, UnsupportedError
 from services.contract.sequences import TokenSequence
 from services.contract.settings import Settings
 from services.contract.soft_labels import ScoredSequence, hash_sequence
@@ -85,6 +85,11 @@ def precompute_labels(
 def _with_labels(runs: Sequence[RunSpec]) -> RunSpec:
     """Any run that asks for labels: those of one sweep ask for the same, whatever their alpha, rate, batch and seed."""
     for run in runs:
+        if run.alpha > 0 and run.distillation.labels.encoding == "projected":
+            raise UnsupportedError(
+                "projected labels are means of one student's output head; they are made while it trains",
+                fix="Set distillation.labels.encoding to exact, whose labels fit every student.",
+            )
         if run.alpha > 0:
             labels = run.distillation.labels.model_copy(update={"path": None})
             distillation = run.distillation.model_copy(update={"labels": labels})

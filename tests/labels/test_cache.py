@@ -215,6 +215,26 @@ def test_kill_9_at_any_moment_leaves_a_usable_cache(tmp_path: Path, caplog: pyte
     assert "drops" not in caplog.text
 
 
+def test_what_had_to_go_while_it_was_being_written_does_not_appear(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else there would be a file that nobody counts."""
+    from services.labels import cache as module
+
+    plain = module.write_entry
+    with LabelCache(tmp_path, max_bytes=GIB) as cache, LabelCache(tmp_path, max_bytes=GIB) as replica:
+
+        def write_slowly(path: Path, **entry: object) -> None:
+            plain(path, **entry)
+            replica.clear()
+
+        monkeypatch.setattr(module, "write_entry", write_slowly)
+        cache.put(key_of(1), payload_of(1))
+        assert files(tmp_path) == []
+        assert cache.stats().entries == 0
+        assert not list(cache._shelf.writing.glob("[0-9]*"))
+
+
 @pytest.mark.parametrize("damage", ["missing", "garbage", "cut", "unfinished"])
 def test_the_index_is_made_anew_from_the_files_aloud(
     damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -286,6 +306,23 @@ def test_a_disk_that_fills_up_costs_old_entries_and_never_a_request(
             cache.get(key_of(number))
         assert cache.get(key_of(219)) == payload_of(219)
     assert sum("full" in record.message or "no room" in record.message for record in caplog.records) <= 1
+
+
+def test_a_disk_fuller_than_it_says_is_met_by_giving_space_back(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As with a quota: writing itself fails, with the file system's own ENOSPC."""
+    with LabelCache(small_disk / "labels", max_bytes=GIB, reserve_bytes=0) as cache:
+        monkeypatch.setattr(cache._shelf, "free_bytes", lambda: GIB)
+        for number in range(100):
+            cache.put(key_of(number), os.urandom(100_000))
+            assert cache.get(key_of(number)) is not None
+        stats = cache.stats()
+        assert stats.since_start.failed == 0
+        assert stats.since_start.evicted >= 60
+        assert stats.entries > 10
+    assert sum("the disk of" in record.message for record in caplog.records) == 1
+    assert "cannot keep" not in caplog.text
 
 
 def test_the_reserve_of_the_file_system_stays_free(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from services.contract.errors import CancelledError, DatasetError, HandshakeError, InvalidInputError
+from services.contract.errors import CancelledError, DatasetError, HandshakeError, InvalidInputError, UnsupportedError
 from services.contract.settings import Settings
 from services.labels.files import LabelFiles, LabelWriter
 from services.labels.manifest import MANIFEST
@@ -172,6 +172,13 @@ def test_a_directory_without_labels_is_refused(make_run: MakeRun, settings: Sett
 def test_runs_without_soft_labels_have_none_to_make(make_run: MakeRun, settings: Settings) -> None:
     with pytest.raises(InvalidInputError, match="alpha is 0 in every run"):
         precompute_labels([make_run()], settings=settings)
+
+
+def test_projected_labels_are_not_made_ahead(make_run: MakeRun, settings: Settings) -> None:
+    projected = {"labels": {"encoding": "projected"}}
+    run = make_run(alpha=1.0, distillation=projected, student={"model": "any", "lora": {}})
+    with pytest.raises(UnsupportedError, match="one student's output head"):
+        precompute_labels([run], settings=settings)
 
 
 def test_records_too_long_for_the_teacher_are_left_out_alike(
