@@ -22,7 +22,6 @@ from teacher_server.metrics import TeacherMetrics
 logger = logging.getLogger(__name__)
 
 _tracer = trace.get_tracer("smoothkd.teacher")
-_STATUS = {status.value[0]: status.name for status in grpc.StatusCode}
 _HANDLERS = {
     (False, False): (grpc.unary_unary_rpc_method_handler, "unary_unary"),
     (False, True): (grpc.unary_stream_rpc_method_handler, "unary_stream"),
@@ -36,6 +35,7 @@ class Call:
     """One call under way and what it has brought so far."""
 
     metrics: TeacherMetrics
+    status: str = "OK"
     sequences: int = 0
     positions: int = 0
     cache_hits: int = 0
@@ -54,6 +54,13 @@ def note_labelled(*, encoding: str, positions: int, from_cache: bool) -> None:
         call.cache_hits += from_cache
         call.encodings.add(encoding)
         call.metrics.sequence_labelled(encoding=encoding, positions=positions, from_cache=from_cache)
+
+
+def note_status(status: str) -> None:
+    """Say with which gRPC status the call ends that this task works for: gRPC keeps it to itself."""
+    call = _current.get()
+    if call is not None:
+        call.status = status
 
 
 class CallObserver(grpc.aio.ServerInterceptor):
@@ -90,7 +97,6 @@ class CallObserver(grpc.aio.ServerInterceptor):
         request_id = metadata.get("x-request-id", "")[:64] or uuid.uuid4().hex[:12]
         token = _current.set(call)
         self._metrics.call_began(rpc)
-        status = "UNKNOWN"
         try:
             with (
                 log_fields(rpc=rpc, request=request_id),
@@ -98,7 +104,12 @@ class CallObserver(grpc.aio.ServerInterceptor):
                     f"{SERVICE_NAME}/{rpc}",
                     context=propagate.extract(metadata),
                     kind=trace.SpanKind.SERVER,
-                    attributes={"rpc.system": "grpc", "rpc.service": SERVICE_NAME, "rpc.method": rpc} | _asked(request),
+                    attributes={
+                        "rpc.system": "grpc",
+                        "rpc.service": SERVICE_NAME,
+                        "rpc.method": rpc,
+                        **_asked(request),
+                    },
                     # What ends a call is its status; a client that leaves is no exception of ours.
                     record_exception=False,
                     set_status_on_exception=False,
@@ -107,20 +118,16 @@ class CallObserver(grpc.aio.ServerInterceptor):
                 try:
                     await context.send_initial_metadata(((REPLICA_KEY, self.replica),))
                     yield
-                    status = _status_of(context)
                 except asyncio.CancelledError:
-                    status = "CANCELLED"
-                    raise
-                except grpc.aio.AbortError:
-                    status = _status_of(context)
+                    call.status = "CANCELLED"
                     raise
                 finally:
-                    _describe(span, call, status)
+                    _describe(span, call)
                     seconds = time.monotonic() - began
-                    level = logging.DEBUG if status in ("OK", "CANCELLED") else logging.INFO
-                    logger.log(level, "%s ended with %s after %.3f s", rpc, status, seconds)
+                    level = logging.DEBUG if call.status in ("OK", "CANCELLED") else logging.INFO
+                    logger.log(level, "%s ended with %s after %.3f s", rpc, call.status, seconds)
         finally:
-            self._metrics.call_ended(rpc, status=status, seconds=time.monotonic() - began)
+            self._metrics.call_ended(rpc, status=call.status, seconds=time.monotonic() - began)
             _current.reset(token)
 
 
@@ -143,16 +150,12 @@ def _asked(request: Any) -> dict[str, str | int]:
     return {}
 
 
-def _describe(span: trace.Span, call: Call, status: str) -> None:
-    span.set_attribute("rpc.grpc.status_code", grpc.StatusCode[status].value[0])
-    if status not in ("OK", "CANCELLED"):
-        span.set_status(trace.StatusCode.ERROR, status)
+def _describe(span: trace.Span, call: Call) -> None:
+    span.set_attribute("rpc.grpc.status_code", grpc.StatusCode[call.status].value[0])
+    if call.status not in ("OK", "CANCELLED"):
+        span.set_status(trace.StatusCode.ERROR, call.status)
     if call.sequences:
         span.set_attribute("smoothkd.encoding", ",".join(sorted(call.encodings)))
         span.set_attribute("smoothkd.labelled_sequences", call.sequences)
         span.set_attribute("smoothkd.label_tokens", call.positions)
         span.set_attribute("smoothkd.cache_hits", call.cache_hits)
-
-
-def _status_of(context: Any) -> str:
-    return _STATUS.get(context.code() or 0, "UNKNOWN")

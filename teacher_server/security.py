@@ -7,13 +7,12 @@ from typing import Any
 
 import grpc.aio
 from grpc_health.v1 import health
-from grpc_status import rpc_status
 
 from services.contract.errors import AuthenticationError, InvalidInputError
 from services.contract.hosts import is_loopback
 from services.contract.settings import Settings
 from services.contract.tls import read_authorities, read_identity
-from teacher_server.status import to_status
+from teacher_server.status import abort
 
 logger = logging.getLogger(__name__)
 
@@ -96,10 +95,8 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
 
 
 def _refusal(error: AuthenticationError) -> Any:
-    status = rpc_status.to_status(to_status(error))
-
     async def refuse(_: Any, context: Any) -> None:
-        await context.abort_with_status(status)
+        await abort(context, error)
 
     # The call's kind does not matter: it ends before a message is read or sent.
     return grpc.stream_stream_rpc_method_handler(refuse)

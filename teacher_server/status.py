@@ -11,6 +11,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from services.contract.errors import OverloadedError, SmoothKDError
+from teacher_server.calls import note_status
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ async def translated_errors(context: Any) -> AsyncIterator[None]:
     try:
         yield
     except SmoothKDError as error:
-        await context.abort_with_status(rpc_status.to_status(to_status(error)))
+        await abort(context, error)
     except (grpc.aio.AbortError, grpc.aio.UsageError):
         raise
     except grpc.aio.InternalError:
@@ -34,7 +35,13 @@ async def translated_errors(context: Any) -> AsyncIterator[None]:
     except Exception as error:
         logger.exception("a request failed")
         unknown = SmoothKDError(f"the teacher failed: {error}", fix="Look at the teacher's log.")
-        await context.abort_with_status(rpc_status.to_status(to_status(unknown)))
+        await abort(context, unknown)
+
+
+async def abort(context: Any, error: SmoothKDError) -> None:
+    """End the call with the status of ``error``, raising as gRPC does."""
+    note_status(error.grpc_code)
+    await context.abort_with_status(rpc_status.to_status(to_status(error)))
 
 
 def to_status(error: SmoothKDError) -> status_pb2.Status:
