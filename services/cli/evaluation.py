@@ -1,9 +1,10 @@
 """``smoothkd evaluate``."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from services.contract.settings import Settings
 from services.contract.evaluation_spec import EvaluationSpec
+from services.contract.settings import Settings
 from services.contract.spec_reading import parse_evaluation
 
 
@@ -15,11 +16,18 @@ def evaluate_model(
     limit: int | None,
     max_new_tokens: int,
     batch_size: int,
+    metrics: str | None,
+    judges: Mapping[str, str | None],
+    samples: int,
     settings: Settings,
 ) -> None:
     """Check what was asked for before anything is loaded, then measure and print the scores."""
+    named = {} if metrics is None else {"metrics": [text.strip() for text in metrics.split(",") if text.strip()]}
     spec = parse_evaluation(
         {
+            **named,
+            "judges": {role: name for role, name in judges.items() if name is not None},
+            "samples": samples,
             "benchmarks": [_benchmark(text) for text in benchmarks.split(",") if text.strip()],
             "limit": limit,
             "max_new_tokens": max_new_tokens,

@@ -258,6 +258,14 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="First items of each benchmark only.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    metrics: Annotated[
+        str | None, typer.Option(help="Of summaries, separated by commas: rouge_l, support, consistency, chrf ...")
+    ] = None,
+    lens: Annotated[str | None, typer.Option(help="For factual_rate: a lens file instead of a shipped lens.")] = None,
+    hhem: Annotated[str | None, typer.Option(help="For factual_consistency: HHEM's directory or hub id.")] = None,
+    nli: Annotated[str | None, typer.Option(help="For entailment: an NLI cross-encoder.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="For bertscore: the model of word vectors.")] = None,
+    samples: Annotated[int, typer.Option(min=0, help="For self_consistency: further summaries to draw.")] = 0,
 ) -> None:
     """Measure any causal language model, trained here or not. NAME=FILE reads a benchmark from a local file."""
     from services.cli.evaluation import evaluate_model
@@ -269,6 +277,9 @@ def evaluate(
         limit=limit,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
+        metrics=metrics,
+        judges={"lens": lens, "hhem": hhem, "nli": nli, "encoder": encoder},
+        samples=samples,
         settings=_settings(),
     )
 
@@ -276,17 +287,21 @@ def evaluate(
 @app.command(rich_help_panel=FILES)
 def detect(
     *,
-    detector: Annotated[str, typer.Option(help="lexical, lookback or consistency.")],
+    detector: Annotated[str, typer.Option(help="lexical, lookback, consistency, hhem or nli.")],
     source: Annotated[Path, typer.Option("--input", help="JSONL with document and summary.")],
     target: Annotated[Path, typer.Option("--output", help="The same lines with score and spans.")],
-    model: Annotated[str, typer.Option(help="For lookback: the model whose attention is read.")] = DEMO_MODEL,
+    model: Annotated[
+        str | None, typer.Option(help="Of lookback: whose attention is read; of hhem and nli: the judge itself.")
+    ] = None,
     lens: Annotated[str, typer.Option(help="For lookback: a lens file or a shipped lens.")] = "smollm2-135m-instruct",
 ) -> None:
     """Mark what summaries say beyond their documents; a higher score is worse."""
+    from services.cli.progress import counting
     from services.evaluation.detection import DetectorOptions, detect_file
 
     options = DetectorOptions(model=model, lens=lens, settings=_settings())
-    without = detect_file(detector, source=source, target=target, options=options)
+    with counting("Detecting") as progress:
+        without = detect_file(detector, source=source, target=target, options=options, progress=progress)
     typer.echo(f"{target}" + (f" ({without} summaries have no score; see their field missing)" if without else ""))
 
 

@@ -73,6 +73,9 @@ class Settings(BaseSettings):
     label_cache_gib: float = Field(
         default=20.0, ge=0, description="Most disk space of the label cache; 0 keeps no labels."
     )
+    judge_key: SecretStr | None = Field(
+        default=None, description="Bearer key of the judge that labels summaries for smoothkd lens train."
+    )
     log_format: Literal["text", "json"] = Field(default="text", description="How services log to stderr.")
 
     lease_seconds: float = Field(default=30.0, gt=0, description="A stage whose worker is silent this long is retried.")

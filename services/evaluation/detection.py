@@ -5,15 +5,22 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from services.contract.errors import DatasetError, InvalidInputError
 from services.contract.records import Span
 from services.contract.settings import Settings
 from services.datasets.sources import local_rows
 from services.evaluation.support import check_support
+from services.evaluation.verdict import Verdict
 
 COLUMNS = ("document", "summary")
+ADDED = ("score", "spans", "missing")
+LENS = "smollm2-135m-instruct"
+"""The shipped lens, and the model that it was trained on."""
+NOTHING = "no word to judge"
+PAIRS_AT_A_TIME = 16
+Judged = TypeVar("Judged")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,29 +34,34 @@ class Detection:
 
 @dataclass(frozen=True, kw_only=True)
 class DetectorOptions:
-    """``model`` and ``lens`` only count for the detectors that need one."""
+    """``model`` and ``lens`` only count for the detectors that need one; None is the detector's own default."""
 
-    model: str
-    lens: str
     settings: Settings
+    model: str | None = None
+    lens: str = LENS
 
 
 Pairs = Sequence[tuple[str, str]]
-Detector = Callable[[Pairs, DetectorOptions], list[Detection]]
+Progress = Callable[[int, int], None]
+"""Called with how many summaries are done, and how many there are."""
+Detector = Callable[[Pairs, DetectorOptions, Progress], list[Detection]]
 
 
-def detect_file(name: str, *, source: Path, target: Path, options: DetectorOptions) -> int:
+def detect_file(
+    name: str, *, source: Path, target: Path, options: DetectorOptions, progress: Progress = lambda done, total: None
+) -> int:
     """Write each line of ``source`` with ``score``, ``spans`` and, where there is no score, ``missing`` to ``target``.
 
-    Returns how many summaries have no score. DatasetError names a line that is broken or lacks a column, before
-    anything is computed; ``target`` appears only when it is whole.
+    A line's own fields of these names are kept as ``input_score``, ``input_spans`` and ``input_missing``. Returns how
+    many summaries have no score. DatasetError names a line that is broken or lacks a column, before anything is
+    computed; ``target`` appears only when it is whole.
     """
     if name not in DETECTORS:
         raise InvalidInputError(f"{name!r} is no detector", fix=f"Choose one of {', '.join(DETECTORS)}.")
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     rows = [_checked(row.values, place=row.place) for row in local_rows(source)]
-    detections = DETECTORS[name]([(row["document"], row["summary"]) for row in rows], options)
+    detections = DETECTORS[name]([(row["document"], row["summary"]) for row in rows], options, progress)
     with partial.open("w", encoding="utf-8") as file:
         for row, detection in zip(rows, detections, strict=True):
             file.write(json.dumps({**row, **_as_json(detection)}, ensure_ascii=False) + "\n")
@@ -57,39 +69,78 @@ def detect_file(name: str, *, source: Path, target: Path, options: DetectorOptio
     return sum(detection.score is None for detection in detections)
 
 
-def detect_lexical(pairs: Pairs, options: DetectorOptions) -> list[Detection]:
+def detect_lexical(pairs: Pairs, options: DetectorOptions, progress: Progress) -> list[Detection]:
     """The share of names, numbers and content words that the document does not contain; needs no model."""
     detections = []
     for document, summary in pairs:
         support = check_support(summary, source=document)
         score = None if support.share is None else 1 - support.share / 100
         detections.append(Detection(score=score, spans=support.spans, missing=support.missing))
+        progress(len(detections), len(pairs))
     return detections
 
 
-def detect_lookback(pairs: Pairs, options: DetectorOptions) -> list[Detection]:
+def detect_lookback(pairs: Pairs, options: DetectorOptions, progress: Progress) -> list[Detection]:
     """How little the model looks at the document while it writes (Lookback Lens)."""
     from services.evaluation.lookback.detect import detect_lookback as look
 
-    found = look(pairs, model=options.model, lens=options.lens, settings=options.settings)
+    model = options.model or LENS
+    found = look(pairs, model=model, lens=options.lens, settings=options.settings, progress=progress)
     return [Detection(score=item.score, spans=item.spans, missing=item.missing) for item in found]
 
 
-def detect_consistency(pairs: Pairs, options: DetectorOptions) -> list[Detection]:
+def detect_consistency(pairs: Pairs, options: DetectorOptions, progress: Progress) -> list[Detection]:
     """What goes beyond or against the source sentences that support it best; a small network on MiniLM."""
-    from services.evaluation.consistency.detector import detect_consistency as judge
+    from services.evaluation.consistency.detector import load_detector
 
+    detector = load_detector(options.settings)
     return [
-        Detection(score=item.score, spans=item.spans, missing=None if item.score is not None else "no word to judge")
-        for item in judge(pairs, settings=options.settings)
+        Detection(score=item.score, spans=item.spans, missing=None if item.score is not None else NOTHING)
+        for item in _in_parts(detector.detect, pairs, progress)
     ]
+
+
+def detect_hhem(pairs: Pairs, options: DetectorOptions, progress: Progress) -> list[Detection]:
+    """Vectara's HHEM-2.1-Open, which judges the summary as a whole, and each sentence for spans."""
+    from services.evaluation.hhem import NAME, load_hhem
+
+    hhem = load_hhem(options.model or NAME, settings=options.settings)
+    return [_from_verdict(verdict) for verdict in _in_parts(hhem.judge, pairs, progress)]
+
+
+def detect_nli(pairs: Pairs, options: DetectorOptions, progress: Progress) -> list[Detection]:
+    """Which sentences no part of the document entails, by any NLI cross-encoder."""
+    from services.evaluation.nli import load_nli
+
+    if options.model is None:
+        raise InvalidInputError(
+            "the detector nli needs a cross-encoder", fix="Name one, such as --model cross-encoder/nli-deberta-v3-base."
+        )
+    judge = load_nli(options.model, settings=options.settings)
+    return [_from_verdict(verdict) for verdict in _in_parts(judge.judge, pairs, progress)]
 
 
 DETECTORS: Mapping[str, Detector] = {
     "lexical": detect_lexical,
     "lookback": detect_lookback,
     "consistency": detect_consistency,
+    "hhem": detect_hhem,
+    "nli": detect_nli,
 }
+
+
+def _in_parts(judge: Callable[[Pairs], list[Judged]], pairs: Pairs, progress: Progress) -> list[Judged]:
+    judged: list[Judged] = []
+    for start in range(0, len(pairs), PAIRS_AT_A_TIME):
+        judged += judge(pairs[start : start + PAIRS_AT_A_TIME])
+        progress(len(judged), len(pairs))
+    return judged
+
+
+def _from_verdict(verdict: Verdict) -> Detection:
+    if verdict.score is None:
+        return Detection(score=None, spans=[], missing=NOTHING)
+    return Detection(score=1 - verdict.score / 100, spans=verdict.spans)
 
 
 def _checked(row: Mapping[str, Any], *, place: str) -> dict[str, Any]:
@@ -99,7 +150,13 @@ def _checked(row: Mapping[str, Any], *, place: str) -> dict[str, Any]:
                 f"{place} has no text under {column!r}",
                 fix='Every line needs a document and its summary: {"document": "...", "summary": "..."}.',
             )
-    return dict(row)
+    for name in ADDED:
+        if name in row and f"input_{name}" in row:
+            raise DatasetError(
+                f"{place} has both {name!r} and 'input_{name}'",
+                fix=f"Rename one of them: the output has {name!r} of its own and keeps the input's as 'input_{name}'.",
+            )
+    return {f"input_{name}" if name in ADDED else name: value for name, value in row.items()}
 
 
 def _as_json(detection: Detection) -> dict[str, Any]:

@@ -4,12 +4,15 @@ import sys
 
 import pytest
 
-from services.contract.errors import DatasetError, InvalidInputError
+from services.contract.errors import DatasetError, InvalidInputError, ModelNotFoundError
 from services.contract.settings import Settings
 from services.evaluation.detection import DetectorOptions, detect_file
+from services.evaluation.hhem import load_hhem
+from services.evaluation.nli import load_nli
+from tests.evaluation.tiny_judges import make_hhem, make_nli
 
 DOCUMENT = "The harbour master of Ostrel said on Tuesday that 14 ferries had been repaired."
-OPTIONS = DetectorOptions(model="", lens="", settings=Settings())
+OPTIONS = DetectorOptions(settings=Settings())
 
 
 def write(path, *rows):
@@ -58,5 +61,54 @@ def test_the_command_says_which_detectors_there_are(tmp_path):
         [*command, "--input", str(source), "--output", str(tmp_path / "out.jsonl")], capture_output=True, text=True
     )
     assert result.returncode == 2
-    assert "lexical, lookback, consistency" in result.stderr
+    assert "lexical, lookback, consistency, hhem, nli" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_the_inputs_own_fields_are_kept_under_another_name(tmp_path):
+    row = {"document": DOCUMENT, "summary": "Ferries.", "score": 0.25, "spans": [{"start": 0, "end": 7}]}
+    target = tmp_path / "out.jsonl"
+    detect_file("lexical", source=write(tmp_path / "in.jsonl", row), target=target, options=OPTIONS)
+    line = json.loads(target.read_text())
+    assert (line["input_score"], line["input_spans"]) == (0.25, [{"start": 0, "end": 7}])
+    assert (line["score"], line["spans"]) == (0, [])
+    twice = write(tmp_path / "twice.jsonl", {**row, "input_score": 1})
+    with pytest.raises(DatasetError, match="'score' and 'input_score'"):
+        detect_file("lexical", source=twice, target=target, options=OPTIONS)
+
+
+@pytest.mark.parametrize("name", ["hhem", "nli"])
+def test_judges_of_sentences_score_and_mark(name, tmp_path):
+    make = {"hhem": make_hhem, "nli": make_nli}[name]
+    make(tmp_path / "judge")
+    rows = [{"document": DOCUMENT, "summary": f"Ferries {n}. They sank."} for n in range(17)]
+    rows += [{"document": DOCUMENT, "summary": ""}]
+    options = DetectorOptions(model=str(tmp_path / "judge"), settings=Settings(offline=True))
+    seen = []
+    without = detect_file(
+        name,
+        source=write(tmp_path / "in.jsonl", *rows),
+        target=tmp_path / "out.jsonl",
+        options=options,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert without == 1
+    assert seen == [(16, 18), (18, 18)]
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    pairs = [(row["document"], row["summary"]) for row in rows]
+    load = {"hhem": load_hhem, "nli": load_nli}[name]
+    verdicts = load(options.model, settings=options.settings).judge(pairs)
+    for line, verdict in zip(lines[:-1], verdicts, strict=False):
+        assert line["score"] == pytest.approx(1 - verdict.score / 100, abs=1e-5)
+        assert [(span["start"], span["end"]) for span in line["spans"]] == [(s.start, s.end) for s in verdict.spans]
+    assert (lines[-1]["score"], lines[-1]["missing"]) == (None, "no word to judge")
+
+
+def test_nli_without_a_model_and_hhem_without_a_hub_say_what_to_do(tmp_path):
+    source = write(tmp_path / "in.jsonl", {"document": DOCUMENT, "summary": "Ferries."})
+    options = DetectorOptions(settings=Settings(offline=True))
+    with pytest.raises(InvalidInputError, match="needs a cross-encoder"):
+        detect_file("nli", source=source, target=tmp_path / "out.jsonl", options=options)
+    with pytest.raises(ModelNotFoundError, match="no model hub can be reached"):
+        detect_file("hhem", source=source, target=tmp_path / "out.jsonl", options=options)
+    assert not (tmp_path / "out.jsonl").exists()

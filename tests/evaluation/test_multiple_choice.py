@@ -212,4 +212,6 @@ def _log_likelihood(model, tokenizer, context: str, continuation: str) -> float:
     ids = tokenizer.encode(context + continuation, add_special_tokens=False)
     log_probabilities = model(torch.tensor([ids[-513:-1]])).logits[0].log_softmax(-1)
     new = ids[len(prefix) :]
-    return float(sum(log_probabilities[len(log_probabilities) - len(new) + place, id_] for place, id_ in enumerate(new)))
+    return float(
+        sum(log_probabilities[len(log_probabilities) - len(new) + place, id_] for place, id_ in enumerate(new))
+    )

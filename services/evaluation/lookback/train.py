@@ -46,7 +46,7 @@ def train_lens(
     error. ``cache`` is a folder that keeps measured ratios between runs. What the lens is worth is measured on
     ``folds`` folds of documents and stored with it; the lens itself is trained on all of them.
     """
-    summaries = _label(read_labels(data), data, judge, out.with_suffix(".labels.jsonl"))
+    summaries = _label(read_labels(data), data, judge, out.with_suffix(".labels.jsonl"), progress)
     lens_model = load_lens_model(model, settings=settings)
     items = _measure(lens_model, summaries, instruction, cache, progress)
     untrained = _untrained(lens_model, items, spans, instruction)
@@ -80,7 +80,7 @@ def evaluate_lens(
 ) -> LensReport:
     """A lens's AUROC on labelled ``data``, beside that of novel words. ``seen_in_training`` warns of its own data."""
     loaded = load_lens(lens)
-    summaries = _label(read_labels(data), data, None, data)
+    summaries = _label(read_labels(data), data, None, data, None)
     lens_model = load_lens_model(model, settings=settings)
     loaded.check_model(model, lens_model.fingerprint)
     items = _measure(lens_model, summaries, loaded.instruction, cache, progress)
@@ -95,7 +95,11 @@ def evaluate_lens(
 
 
 def _label(
-    summaries: list[LabelledSummary], data: Path, judge: Judge | None, labels_out: Path
+    summaries: list[LabelledSummary],
+    data: Path,
+    judge: Judge | None,
+    labels_out: Path,
+    progress: Progress | None,
 ) -> list[LabelledSummary]:
     waiting = sum(not item.labelled for item in summaries)
     if not waiting:
@@ -104,7 +108,7 @@ def _label(
         raise DatasetError(
             f"{waiting} of {len(summaries)} records in {data} have no spans", fix="Add their spans, or name a judge."
         )
-    judged = judge_summaries(summaries, judge, out=labels_out)
+    judged = judge_summaries(summaries, judge, out=labels_out, progress=progress)
     if judged.unusable or judged.not_found:
         log.warning(
             "the judge gave %d unreadable answers, which are left out, and %d parts that are not in their summary",

@@ -1,6 +1,9 @@
 """Fitting, cross-validation by document, and the commands from end to end on a tiny model."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -268,3 +271,21 @@ def test_what_is_learnt_of_a_document_does_not_count() -> None:
     assert report.windows.low < 0.5 < report.windows.high
     assert report.summaries.value is not None
     assert report.summaries.value < 0.75
+
+
+def test_the_command_asks_the_judge_with_the_key_of_the_environment(tiny_model: Path, tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data.jsonl", labelled=False)
+    command = [sys.executable, "-m", "services.cli.main", "lens", "train", str(data), "--model", str(tiny_model)]
+    command += ["--out", str(tmp_path / "lens.json")]
+    environment = {**os.environ, "SMOOTHKD_JUDGE_KEY": "secret", "SMOOTHKD_OFFLINE": "1"}
+    answers = [json.dumps({"unsupported": ["zebra quiz fox jumped high"]})] * 5
+    with serve_judge(list(answers)) as server:
+        asked = [*command, "--judge-url", server.url, "--judge-model", "m"]
+        result = subprocess.run(asked, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert server.keys == ["Bearer secret"] * 5
+    assert json.loads(result.stdout)["training"]["documents"] == 5
+    assert load_lens(tmp_path / "lens.json").training["summaries"] == 10
+    half = subprocess.run([*command, "--judge-model", "m"], env=environment, capture_output=True, text=True)
+    assert half.returncode == 2
+    assert "--judge-url and --judge-model" in half.stderr

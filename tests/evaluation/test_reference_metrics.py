@@ -1,0 +1,138 @@
+"""chrF, METEOR and BERTScore against plain computations of their published formulas; answers to questions."""
+
+import math
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from nltk.stem.porter import PorterStemmer
+from transformers import AutoModel, AutoTokenizer
+
+from services.contract.errors import DatasetError
+from services.contract.evaluation_spec import BenchmarkSpec
+from services.contract.settings import Settings
+from services.datasets.questions import load_questions
+from services.evaluation.bertscore import load_bertscore
+from services.evaluation.overlap import chrf, meteor_exact_stem
+from services.evaluation.question_answering import answer_f1, exact_match
+from tests.evaluation.tiny_judges import TEXTS, make_encoder
+
+PAIRS = [
+    (TEXTS[1], "On Tuesday the harbour master said that 14 ferries were repaired in Ostrel."),
+    ("Two bridges were closed.", TEXTS[2]),
+    ("A mayor opened a library.", "A mayor opened a library."),
+    ("Snow.", TEXTS[3]),
+]
+
+
+def test_chrf_is_the_f2_of_character_n_grams() -> None:
+    for output, reference in PAIRS:
+        assert chrf(output, reference=reference) == pytest.approx(_plain_chrf(output, reference))
+    assert chrf("", reference="A text.") == 0
+
+
+def test_meteor_without_synonyms_by_hand() -> None:
+    """Matches, chunks and the formula of Banerjee and Lavie with NLTK's parameters, counted by hand."""
+    assert meteor_exact_stem("the ferries were repaired", reference="the ferry was repaired") == pytest.approx(
+        _meteor(matches=3, output=4, reference=4, chunks=2)
+    )
+    assert PorterStemmer().stem("ferries") == PorterStemmer().stem("ferry")
+    assert meteor_exact_stem("rain fell", reference="snow lay") == 0
+    whole = _meteor(matches=4, output=4, reference=4, chunks=1)
+    assert meteor_exact_stem("the ferry was repaired", reference="the ferry was repaired") == pytest.approx(whole)
+    assert meteor_exact_stem("", reference="a text") == 0
+
+
+@pytest.mark.parametrize("idf", [False, True])
+def test_bertscore_is_the_authors_formula(tmp_path: Path, idf: bool) -> None:
+    make_encoder(tmp_path / "encoder")
+    bertscore = load_bertscore(str(tmp_path / "encoder"), settings=Settings(offline=True))
+    assert bertscore.score(PAIRS, idf=idf) == pytest.approx(_plain_bertscore(tmp_path / "encoder", idf=idf), abs=1e-3)
+    assert bertscore.score([("", "A text."), (" ", "A text.")]) == [None, None]
+
+
+def test_bertscore_runs_on_minilm(minilm: Path, tmp_path: Path) -> None:
+    bertscore = load_bertscore(str(minilm), settings=Settings(offline=True))
+    near, far, same = bertscore.score(
+        [("The ferries were mended.", PAIRS[0][1]), ("Cats purr.", PAIRS[0][1]), (PAIRS[0][1], PAIRS[0][1])]
+    )
+    assert near is not None
+    assert far is not None
+    assert far < near < same == pytest.approx(100, abs=1e-3)
+    [long] = bertscore.score([("ferry " * 2000, "ferry " * 2000)])
+    assert long == pytest.approx(100, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("output", "reference", "exact", "f1"),
+    [
+        ("The Ostrel Ferry.", "ostrel ferry", True, 1.0),
+        ("Ostrel\nbecause the paragraph says so", "Ostrel", True, 1.0),
+        ("the old Ostrel ferry", "Ostrel ferry line", False, 2 * 2 / 6),
+        ("yes, it was", "yes", False, 0.0),
+        ("no", "yes", False, 0.0),
+        ("", "Ostrel", False, 0.0),
+        ("ferry ferry", "ferry", False, 2 / 3),
+    ],
+)
+def test_answers_to_questions(output: str, reference: str, exact: bool, f1: float) -> None:
+    assert exact_match(output, reference=reference) is exact
+    assert answer_f1(output, reference=reference) == pytest.approx(f1)
+
+
+def test_hotpotqa_is_read_with_all_its_paragraphs(shared_data: Path, tmp_path: Path) -> None:
+    file = shared_data / "hotpot_qa" / "distractor.jsonl"
+    items = load_questions(BenchmarkSpec(name="hotpotqa", path=str(file)), limit=5)
+    assert len(items) == 5
+    assert items[0].question == "VIVA Media AG changed it's name in 2004. What does their new acronym stand for?"
+    assert items[0].reference == "Gesellschaft mit beschränkter Haftung"
+    assert len(items[0].source.splitlines()) == 10
+    assert items[0].source.startswith("Constantin Medien: Constantin Medien AG (formerly")
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"id": "1", "question": "Who?", "answer": "", "context": {"title": ["A"], "sentences": []}}\n')
+    with pytest.raises(DatasetError, match=r"line 1: nothing usable under answer, context"):
+        load_questions(BenchmarkSpec(name="hotpotqa", path=str(broken)))
+
+
+def _plain_chrf(output: str, reference: str) -> float:
+    precisions, recalls = [], []
+    texts = ["".join(text.split()) for text in (output, reference)]
+    for order in range(1, 7):
+        given, right = (Counter(text[at : at + order] for at in range(len(text) - order + 1)) for text in texts)
+        if not given or not right:
+            continue
+        shared = sum((given & right).values())
+        precisions.append(shared / sum(given.values()))
+        recalls.append(shared / sum(right.values()))
+    precision, recall = sum(precisions) / len(precisions), sum(recalls) / len(recalls)
+    return 100 * 5 * precision * recall / (4 * precision + recall) if precision + recall else 0.0
+
+
+def _meteor(*, matches: int, output: int, reference: int, chunks: int) -> float:
+    precision, recall = matches / output, matches / reference
+    mean = precision * recall / (0.9 * precision + 0.1 * recall)
+    return 100 * mean * (1 - 0.5 * (chunks / matches) ** 3)
+
+
+@torch.inference_mode()
+def _plain_bertscore(directory: Path, *, idf: bool) -> list[float]:
+    """Zhang et al. 2020, eq. 1-4: pair by pair, word piece by word piece."""
+    tokenizer, model = AutoTokenizer.from_pretrained(directory), AutoModel.from_pretrained(directory)
+    documents = [set(tokenizer(reference)["input_ids"]) for _, reference in PAIRS]
+
+    def weight(id_: int) -> float:
+        if id_ in (tokenizer.cls_token_id, tokenizer.sep_token_id):
+            return 0.0
+        return math.log((len(PAIRS) + 1) / (sum(id_ in one for one in documents) + 1)) if idf else 1.0
+
+    scores = []
+    for pair in PAIRS:
+        ids = [tokenizer(text)["input_ids"] for text in pair]
+        output, reference = (model(input_ids=torch.tensor([one])).last_hidden_state[0] for one in ids)
+        similar = torch.nn.functional.cosine_similarity(output[:, None], reference[None], dim=-1)
+        recall_weights, precision_weights = [weight(one) for one in ids[1]], [weight(one) for one in ids[0]]
+        recall = sum(w * float(similar[:, j].max()) for j, w in enumerate(recall_weights)) / sum(recall_weights)
+        precision = sum(w * float(similar[i].max()) for i, w in enumerate(precision_weights)) / sum(precision_weights)
+        scores.append(100 * 2 * precision * recall / (precision + recall))
+    return scores
