@@ -6,12 +6,14 @@ import streamlit as st
 
 from dashboard.session import connect
 from services.contract.settings import Settings
+from services.reports.case_cards import STYLE
 
 FOLDER = Path(__file__).parent
 
 st.set_page_config(page_title="smoothkd", page_icon=FOLDER / "icon.svg", layout="wide")
 st.logo(FOLDER / "logo.svg", size="large")
 st.html(FOLDER / "style.css")
+st.html(STYLE)
 connect(Settings())
 page = st.navigation(
     [

@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from html import escape
 
-from dashboard.render.colours import method_colours
-from dashboard.render.words import duration, problem_html, progress_html, run_label, run_setting, state_badge
+from dashboard.render.words import duration, problem_html, progress_html, run_label, state_badge
 from services.contract.records import Problem, RunRecord, StageRecord
+from services.reports.colours import method_colours
+from services.reports.words import run_setting
 
 STAGE_NAMES = {"finetune_teacher": "teacher", "decode": "decode", "train": "train", "evaluate": "evaluate"}
 COLUMNS = ("Run", "State", "Progress", "Stages", "Time", "Worker")

@@ -1,85 +1,18 @@
-"""Model output with its unsupported spans marked, as HTML.
-
-Offsets are Python's: code points, so an emoji counts one. Text is escaped here and nowhere else
-on its way.
-"""
+"""What the marks in an output mean."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
-from itertools import pairwise
 
 from services.contract.records import Span
-
-KINDS = {
-    "entity": "a name that the source does not contain",
-    "number": "a number that the source does not contain",
-    "word": "a word that the source does not contain",
-}
-"""What the legend says of each kind; other kinds are shown in a colour of their own under their own name."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Segment:
-    """A piece of text that the same spans cover from its first to its last character; none: plain text."""
-
-    text: str
-    spans: tuple[Span, ...]
-
-
-def marked_html(text: str, spans: Sequence[Span]) -> str:
-    """The text, escaped, with each covered piece in a ``mark`` that explains itself on hover and on focus."""
-    return "".join(_segment_html(segment) for segment in segments(text, spans))
-
-
-def segments(text: str, spans: Sequence[Span]) -> list[Segment]:
-    """The text cut wherever a span starts or ends; joined again the pieces are the text.
-
-    Spans may overlap and nest. What lies beyond the text's end covers nothing.
-    """
-    length = len(text)
-    cuts = {0, length}
-    for span in spans:
-        cuts.update((min(span.start, length), min(span.end, length)))
-    edges = sorted(cuts)
-    return [
-        Segment(text=text[start:end], spans=tuple(span for span in spans if span.start <= start and end <= span.end))
-        for start, end in pairwise(edges)
-    ]
-
-
-def count_outside(text: str, spans: Sequence[Span]) -> int:
-    """How many spans cover no character of the text: they belong to another text, and the page says so."""
-    return sum(span.start >= min(span.end, len(text)) for span in spans)
+from services.reports.marked_text import KINDS, kind_class
 
 
 def legend_html(spans: Sequence[Span]) -> str:
     """One entry per kind that occurs, and the three usual kinds always."""
     kinds = list(KINDS) + sorted({span.kind for span in spans} - set(KINDS))
     entries = "".join(
-        f'<span class="sk-key"><mark class="sk-span {_kind_class(kind)}" style="--strength:32%">{escape(kind)}</mark>'
+        f'<span class="sk-key"><mark class="sk-span {kind_class(kind)}" style="--strength:32%">{escape(kind)}</mark>'
         f"{escape(KINDS.get(kind, 'unsupported, as its detector names it'))}</span>"
         for kind in kinds
     )
     return f'<div class="sk-legend">{entries}</div>'
-
-
-def _segment_html(segment: Segment) -> str:
-    text = escape(segment.text)
-    if not segment.spans:
-        return text
-    surest = max(segment.spans, key=lambda span: span.score)
-    # An element and not an attribute: the browser's sanitiser drops attributes that look like markup.
-    tip = "\n".join(dict.fromkeys(_explanation(span) for span in segment.spans))
-    return (
-        f'<mark class="sk-span {_kind_class(surest.kind)}" style="--strength:{12 + 24 * surest.score:.0f}%" '
-        f'tabindex="0">{text}<span class="sk-tip" role="tooltip">{escape(tip)}</span></mark>'
-    )
-
-
-def _explanation(span: Span) -> str:
-    return f"{span.kind}: {span.explanation} ({span.detector}, certainty {span.score:.0%})"
-
-
-def _kind_class(kind: str) -> str:
-    return f"sk-kind-{kind}" if kind in KINDS else "sk-kind-other"

@@ -3,9 +3,9 @@
 import altair as alt
 import pandas as pd
 
-from dashboard.render.colours import method_colours
 from dashboard.render.summary_table import Column, find_cell
 from services.contract.records import Summary
+from services.reports.colours import method_colours
 
 
 def column_frame(summary: Summary, column: Column) -> pd.DataFrame:

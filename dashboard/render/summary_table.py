@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from html import escape
 from itertools import groupby
 
-from dashboard.render.colours import method_colours
-from dashboard.render.words import mean_std
 from services.contract.metric_words import MEANINGS, metric_title
 from services.contract.records import Summary, SummaryCell, SummaryRow
+from services.reports.colours import method_colours
+from services.reports.words import mean_std
 
 Column = tuple[str, str]
 """Benchmark and metric."""

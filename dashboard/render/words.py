@@ -7,24 +7,12 @@ from html import escape
 from services.contract.errors import SmoothKDError
 from services.contract.records import Problem, RunRecord
 from services.contract.states import State
+from services.reports.words import run_setting
 
 
 def run_label(run: RunRecord) -> str:
     """Method, learning rate, batch size and seed: unique within a sweep."""
     return f"{run.method} · {run_setting(run)}"
-
-
-def run_setting(run: RunRecord) -> str:
-    """What sets a run apart from the others of its method."""
-    spec = run.spec
-    return f"lr {spec.learning_rate!r} · bs {spec.batch_size} · seed {spec.seed}"
-
-
-def mean_std(mean: float | None, std: float | None) -> str:
-    """``61.20 ± 1.30``; the mean alone below two runs; a dash where there is none."""
-    if mean is None:
-        return "–"
-    return f"{mean:.2f}" if std is None else f"{mean:.2f} ± {std:.2f}"
 
 
 def duration(started: datetime | None, ended: datetime | None, *, now: datetime) -> str:

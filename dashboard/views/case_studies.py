@@ -5,13 +5,14 @@ from collections.abc import Sequence
 import streamlit as st
 
 from dashboard.live import live, problems_shown
-from dashboard.render.case_cards import article_html, difference_html, outputs_html, study_title
-from dashboard.render.colours import method_colours
 from dashboard.render.spans import legend_html
-from dashboard.render.words import run_setting, state_counts
+from dashboard.render.words import state_counts
 from dashboard.session import choose_sweep, client
 from services.contract.records import CaseStudy, SweepRecord
 from services.contract.states import ENDED
+from services.reports.case_cards import article_html, difference_html, outputs_html, study_title
+from services.reports.colours import method_colours
+from services.reports.words import run_setting
 
 READ_AT_MOST = 500
 Key = tuple[str, str]  # benchmark and item id: what stays the same while the order changes

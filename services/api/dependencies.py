@@ -4,7 +4,7 @@ from typing import Annotated
 
 from fastapi import Depends, Query, Request
 
-from services.api.evidence import Ranking
+from services.api.evidence import Ranking, Reporting
 from services.api.preflight import TeacherProbe
 from services.contract.settings import Settings
 from services.store.pages import MAX_LIMIT
@@ -43,11 +43,17 @@ def _ranking(request: Request) -> Ranking:
     return ranking
 
 
+def _reporting(request: Request) -> Reporting:
+    reporting: Reporting = request.app.state.reporting
+    return reporting
+
+
 SettingsHere = Annotated[Settings, Depends(_settings)]
 StoreHere = Annotated[Store, Depends(_store)]
 QueueHere = Annotated[Queue, Depends(_queue)]
 ReconcilerHere = Annotated[Reconciler, Depends(_reconciler)]
 ProbeHere = Annotated[TeacherProbe, Depends(_probe)]
 RankingHere = Annotated[Ranking, Depends(_ranking)]
+ReportingHere = Annotated[Reporting, Depends(_reporting)]
 Limit = Annotated[int, Query(ge=1, le=MAX_LIMIT, description="Most items on a page.")]
 Cursor = Annotated[str | None, Query(max_length=500, description="next_cursor of the page before.")]

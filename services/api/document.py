@@ -8,6 +8,7 @@ from pydantic.json_schema import models_json_schema
 
 from services.contract.problems import MEDIA_TYPE, ProblemDetails
 from services.contract.records import SweepEvent
+from services.contract.report_records import Report
 
 _REFERENCE = "#/components/schemas/{model}"
 
@@ -31,7 +32,7 @@ def complete_document(app: FastAPI) -> None:
     def openapi() -> dict[str, Any]:
         document = generate()
         _, extra = models_json_schema(
-            [(ProblemDetails, "validation"), (SweepEvent, "validation")], ref_template=_REFERENCE
+            [(record, "validation") for record in (ProblemDetails, SweepEvent, Report)], ref_template=_REFERENCE
         )
         document["components"]["schemas"].update(extra["$defs"])
         return document

@@ -2,15 +2,28 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
+from typing import Protocol
 
-from services.api.summary import RankedItem, rank_items
+from services.api.summary import RankedItem, rank_items, summarise
 from services.contract.records import Generation, RunRecord, Score
+from services.contract.report_records import Report
 from services.contract.states import StageKind
+from services.reports.build import build_report
+from services.reports.item_scores import ItemScores
 from services.store.pages import MAX_LIMIT
 from services.store.store import Store
 
-Ranking = Callable[[tuple[str, ...], str | None], list[RankedItem]]
-"""Run ids (from ``compared_runs``) and a benchmark, or None for all of them, to ranked items."""
+
+class Ranking(Protocol):
+    """Run ids (from ``compared_runs``), a benchmark or None for all of them, and a metric, to ranked items."""
+
+    def __call__(
+        self, run_ids: tuple[str, ...], benchmark: str | None, metric: str, *, higher_is_better: bool = True
+    ) -> list[RankedItem]: ...
+
+
+Reporting = Callable[[str], Report]
+"""A sweep's id to its report."""
 
 
 def read_runs(store: Store, sweep_id: str) -> list[RunRecord]:
@@ -50,8 +63,28 @@ def make_ranking(store: Store) -> Ranking:
     """Ranks items, and remembers the last few rankings: the answers of a run that was evaluated never change."""
 
     @lru_cache(maxsize=8)
-    def rank(run_ids: tuple[str, ...], benchmark: str | None) -> list[RankedItem]:
+    def rank(
+        run_ids: tuple[str, ...], benchmark: str | None, metric: str, *, higher_is_better: bool = True
+    ) -> list[RankedItem]:
         runs = [store.run(run_id) for run_id in run_ids]
-        return rank_items(runs, partial(read_generations, store, benchmark=benchmark))
+        answers = partial(read_generations, store, benchmark=benchmark)
+        return rank_items(runs, answers, metric=metric, higher_is_better=higher_is_better)
 
     return rank
+
+
+def make_reporting(store: Store) -> Reporting:
+    """Builds reports, and remembers the last few: a page and its formats ask for the same one."""
+
+    @lru_cache(maxsize=4)
+    def report(sweep_id: str, _changes: int) -> Report:
+        sweep = store.sweep(sweep_id)
+        runs = read_runs(store, sweep_id)
+        scores = read_scores(store, runs)
+        items = ItemScores()
+        for run in runs:
+            if scores.get(run.id):
+                items.add_run(run.id, store.item_scores(run.id))
+        return build_report(sweep, runs, summarise(sweep, runs, scores), scores=scores, items=items)
+
+    return lambda sweep_id: report(sweep_id, store.change_counter())

@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from services.contract.evaluation_spec import MULTIPLE_CHOICE
 from services.contract.records import (
     CaseOutput,
     CaseStudy,
@@ -19,6 +20,8 @@ from services.contract.records import (
 from services.contract.states import ENDED, StageKind, State
 
 BASELINE = "SFT"
+UNSUPPORTED = "unsupported_words"
+"""The share of the output's words that a span touches: what case studies are found by unless a metric is named."""
 Column = tuple[str, str]
 """(benchmark, metric)"""
 
@@ -72,33 +75,49 @@ def compared_runs(runs: Sequence[RunRecord]) -> list[RunRecord]:
     return sorted(chosen.values(), key=_row_order)
 
 
-def rank_items(runs: Sequence[RunRecord], generations: Callable[[str], Iterable[Generation]]) -> list[RankedItem]:
-    """Items that SFT and at least one distilled student answered, widest difference first.
+def rank_items(
+    runs: Sequence[RunRecord],
+    generations: Callable[[str], Iterable[Generation]],
+    *,
+    metric: str = UNSUPPORTED,
+    higher_is_better: bool = True,
+) -> list[RankedItem]:
+    """Items that SFT and at least one distilled student answered, those first where distilling helped most.
 
     ``runs`` come from ``compared_runs``; ``generations`` gives each one's answers by run id. They are read once
-    and not kept, so a benchmark may be larger than memory. The difference is SFT's unsupported share minus the
-    smallest of the distilled students that said anything. Equal differences stand in order of benchmark and item.
+    and not kept, so a benchmark may be larger than memory. The difference is how much better the best distilled
+    student that said anything is than SFT: by the unsupported share of the words, or by a per-item metric of 100
+    points, whose items without a value on either side are left out. Equal differences stand in order of benchmark
+    and item.
     """
+    sign = 1.0 if metric != UNSUPPORTED and higher_is_better else -1.0
     baseline: dict[tuple[str, str], float] = {}
     distilled: dict[tuple[str, str], list[float]] = {}
     for run in runs:
         for answer in generations(run.id):
             item = (answer.benchmark, answer.item_id)
+            share = _share(answer, metric)
+            if share is None:
+                continue
             if run.method == BASELINE:
-                baseline[item] = unsupported_share(answer)
+                baseline[item] = sign * share
             else:
                 shares = distilled.setdefault(item, [])
                 # An empty output has nothing unsupported in it, and is no better for that.
-                shares += [unsupported_share(answer)] if answer.output.strip() else []
+                shares += [sign * share] if answer.output.strip() else []
     return sorted(
-        RankedItem(min(distilled[item], default=share) - share, *item)
+        RankedItem(share - max(distilled[item], default=share), *item)
         for item, share in baseline.items()
         if item in distilled
     )
 
 
 def case_studies(
-    items: Sequence[RankedItem], runs: Sequence[RunRecord], generations: Callable[[str], Iterable[Generation]]
+    items: Sequence[RankedItem],
+    runs: Sequence[RunRecord],
+    generations: Callable[[str], Iterable[Generation]],
+    *,
+    metric: str = UNSUPPORTED,
 ) -> list[CaseStudy]:
     """The same item answered by every method, side by side, for ranked items in their order.
 
@@ -109,7 +128,7 @@ def case_studies(
         for answer in generations(run.id):
             if (answer.benchmark, answer.item_id) in answers:
                 answers[answer.benchmark, answer.item_id][run.id] = answer
-    return [_case_study(item, runs, answers[item.benchmark, item.item_id]) for item in items]
+    return [_case_study(item, runs, answers[item.benchmark, item.item_id], metric=metric) for item in items]
 
 
 def unsupported_share(generation: Generation) -> float:
@@ -166,7 +185,17 @@ def _mark_best(rows: list[SummaryRow], columns: Mapping[Column, bool]) -> list[S
     ]
 
 
-def _case_study(item: RankedItem, runs: Sequence[RunRecord], answers: Mapping[str, Generation]) -> CaseStudy:
+def _share(answer: Generation, metric: str) -> float | None:
+    if metric != UNSUPPORTED:
+        value = answer.scores.get(metric)
+        return None if value is None else value / 100
+    # Chosen answers carry no spans: nothing in them could be unsupported.
+    return None if answer.benchmark in MULTIPLE_CHOICE else unsupported_share(answer)
+
+
+def _case_study(
+    item: RankedItem, runs: Sequence[RunRecord], answers: Mapping[str, Generation], *, metric: str
+) -> CaseStudy:
     outputs = [
         CaseOutput(
             run_id=run.id,
@@ -185,5 +214,6 @@ def _case_study(item: RankedItem, runs: Sequence[RunRecord], answers: Mapping[st
         source=first.source,
         reference=first.reference,
         outputs=outputs,
+        metric=metric,
         difference=item.difference,
     )

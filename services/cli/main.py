@@ -26,6 +26,7 @@ app.add_typer(labels_commands.app, name="labels")
 
 ONE_MACHINE = "One machine"
 PARTS = "The platform's parts, one process each"
+RESULTS = "Results of sweeps and evaluations"
 FILES = "One model, without queue, store or API"
 
 TeacherModel = Annotated[str, typer.Option("--model", help="Directory or hub id of the teacher.")]
@@ -47,6 +48,8 @@ EXTRAS = {
     "rouge_score": "worker",
     "safetensors": "worker",
     "streamlit": "dashboard",
+    "krippendorff": "reports",
+    "matplotlib": "reports",
 }
 """Which extra of the installation brings a package."""
 
@@ -226,6 +229,20 @@ def health(service: Annotated[str, typer.Argument(help="queue, teacher, api, wor
     require_healthy(service, _settings())
 
 
+@app.command(rich_help_panel=RESULTS)
+def report(
+    sweep_id: Annotated[str, typer.Argument(help="Identifier that sweep list prints.")],
+    *,
+    out: Annotated[Path, typer.Option(help="Directory for report.md, report.csv, report.tex, report.html.")],
+    formats: Annotated[str, typer.Option("--format", help="Of md, csv, tex, html, json.")] = "md,csv,tex,html",
+) -> None:
+    """Write a sweep's tables, differences from SFT with their uncertainty, plots and case studies."""
+    from services.cli.report_commands import write_report
+
+    for file in write_report(sweep_id, out=out, formats=formats):
+        typer.echo(file)
+
+
 @app.command(rich_help_panel=FILES)
 def fetch(model: Annotated[str, typer.Argument(help="Directory, hub id, or an embedded model's name.")]) -> None:
     """Bring a model to this machine and print where it lies."""
@@ -240,13 +257,16 @@ def train(
     *,
     out: Annotated[Path, typer.Option(help="Directory for checkpoints and the model.")],
 ) -> None:
-    """Train one student. With alpha above 0 a teacher must be serving."""
+    """Train one student. With alpha above 0 a teacher must be serving; teacher.finetune is carried out first."""
     from services.contract.spec_reading import load_run
 
     spec = load_run(run)
+    from student_trainer.finetune import finetune_teacher
     from student_trainer.train import train as train_student
 
-    typer.echo(train_student(spec, out=out, settings=_settings()))
+    settings = _settings()
+    finetune_teacher(spec, settings=settings)
+    typer.echo(train_student(spec, out=out, settings=settings))
 
 
 @app.command(rich_help_panel=FILES)

@@ -40,6 +40,8 @@ from services.contract.states import ENDED
 RECONNECTS = 6
 """Connections in a row that ``events`` tries; with doubling waits from 0.25 s they span about 15 seconds."""
 
+REPORT_SECONDS = 300.0
+
 RecordT = TypeVar("RecordT", bound=Record)
 
 
@@ -130,11 +132,22 @@ class ApiClient:
         return self._get(f"/v1/sweeps/{_part(sweep_id)}/summary", Summary)
 
     def case_studies(
-        self, sweep_id: str, *, benchmark: str | None = None, limit: int = 20, cursor: str | None = None
+        self,
+        sweep_id: str,
+        *,
+        benchmark: str | None = None,
+        metric: str | None = None,
+        limit: int = 20,
+        cursor: str | None = None,
     ) -> CaseStudyPage:
-        """Widest difference between SFT and KD first."""
+        """Where KD is better than SFT by most first; ``metric`` None goes by the unsupported share of the words."""
         path = f"/v1/sweeps/{_part(sweep_id)}/case-studies"
-        return self._get(path, CaseStudyPage, benchmark=benchmark, limit=limit, cursor=cursor)
+        return self._get(path, CaseStudyPage, benchmark=benchmark, metric=metric, limit=limit, cursor=cursor)
+
+    def report(self, sweep_id: str, *, form: str = "json") -> str:
+        """The sweep's report as json, md, csv, tex or html; a large sweep takes the API a while."""
+        path = f"/v1/sweeps/{_part(sweep_id)}/report"
+        return self._request("GET", path, params={"format": form}, timeout=REPORT_SECONDS).text
 
     def ready(self) -> Readiness:
         """Raises QueueUnavailableError or SmoothKDError naming the part that is not ready."""

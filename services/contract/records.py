@@ -152,7 +152,10 @@ class CaseStudy(Record):
     source: str
     reference: str
     outputs: list[CaseOutput]
-    difference: float = Field(description="SFT's unsupported share of the output minus the best KD's.")
+    metric: str = Field(default="unsupported_words", description="What the difference is of.")
+    difference: float = Field(
+        description="How much better the best KD output is than SFT's, in hundredths of the metric's 100 points."
+    )
 
 
 class RunStatus(Record):

@@ -70,6 +70,13 @@ def read_generations(
     return GenerationPage(items=items[:limit], next_cursor=more)
 
 
+def read_item_scores(connection: Connection, run_id: str) -> list[tuple[str, str, Mapping[str, float]]]:
+    """(benchmark, item id, per-item scores), as the database gives them."""
+    table = schema.generations
+    query = select(table.c.benchmark, table.c.item_id, table.c.scores).where(table.c.run_id == run_id)
+    return [(benchmark, item_id, scores) for benchmark, item_id, scores in connection.execute(query)]
+
+
 def read_answers(connection: Connection, run_id: str, items: Sequence[tuple[str, str]]) -> list[Generation]:
     """By benchmark, then item id."""
     table = schema.generations

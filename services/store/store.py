@@ -210,6 +210,11 @@ class Store:
         with self._reading_run(run_id) as connection:
             return results.read_generations(connection, run_id, benchmark=benchmark, limit=limit, cursor=cursor)
 
+    def item_scores(self, run_id: str) -> list[tuple[str, str, Mapping[str, float]]]:
+        """(benchmark, item id, per-item scores) of every generation of the run, without its texts."""
+        with self._reading_run(run_id) as connection:
+            return results.read_item_scores(connection, run_id)
+
     def answers(self, run_id: str, items: Sequence[tuple[str, str]]) -> list[Generation]:
         """The run's generations for these (benchmark, item id), as far as there are any, by benchmark, then item id."""
         with self._reading_run(run_id) as connection:

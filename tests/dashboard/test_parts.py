@@ -5,14 +5,15 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from dashboard.render.case_cards import article_html, difference_html, outputs_html
-from dashboard.render.colours import BASELINE, DISTILLED, method_colours, run_colours
+from dashboard.render.colours import run_colours
 from dashboard.render.run_table import drawn_first, failures, run_table_html
 from dashboard.render.sweep_card import sweep_card_html
 from dashboard.render.words import duration, problem_html, run_label, state_counts
 from services.contract.errors import SmoothKDError, SpecError
 from services.contract.records import CaseOutput, CaseStudy, Problem, Span
 from services.contract.states import State
+from services.reports.case_cards import article_html, difference_html, outputs_html
+from services.reports.colours import BASELINE, DISTILLED, method_colours
 from tests.dashboard.seed import FAILURE, START, paper_sized, populated
 
 HOSTILE = '<script>alert(1)</script> $x$ **b** "quoted" & <img src=x onerror=alert(1)>'

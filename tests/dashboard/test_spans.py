@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dashboard.render.spans import count_outside, legend_html, marked_html, segments
+from dashboard.render.spans import legend_html
 from services.contract.records import Span
+from services.reports.marked_text import count_outside, marked_html, segments
 
 
 class Marks(HTMLParser):

@@ -2,10 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 
-from dashboard.render.spans import count_outside, marked_html
 from services.contract.metric_words import MEANINGS, metric_title
 from services.contract.records import CaseOutput, CaseStudy
+from services.reports.marked_text import count_outside, marked_html
+
+UNSUPPORTED = "unsupported_words"
+STYLE = Path(__file__).with_name("cards.css")
 
 
 def article_html(study: CaseStudy) -> str:
@@ -29,9 +33,25 @@ def outputs_html(outputs: Sequence[CaseOutput], *, settings: Mapping[str, str], 
     return f'<div class="sk-outputs">{cards}</div>'
 
 
+def study_html(study: CaseStudy, *, number: int, settings: Mapping[str, str], colours: Mapping[str, str]) -> str:
+    """A whole case study for a page that stands by itself."""
+    return (
+        f"<section><h3>{number}. {escape(study.benchmark)}, {escape(study.item_id)}</h3>"
+        f"<p>{difference_html(study)}</p>{article_html(study)}"
+        f"{outputs_html(study.outputs, settings=settings, colours=colours)}</section>"
+    )
+
+
 def difference_html(study: CaseStudy) -> str:
-    """How much smaller the unsupported share of the words is under the best KD student than under SFT."""
+    """How much better the best KD student is than SFT, by the metric that the study was found by."""
     points = 100 * study.difference
+    if study.metric != UNSUPPORTED:
+        tone = "sk-better" if points > 0 else "sk-worse"
+        better = "better" if points > 0 else "worse" if points < 0 else "apart"
+        return (
+            f'<span class="sk-difference {tone}">{escape(metric_title(study.metric))}: '
+            f"<strong>{abs(points):.1f} points {better}</strong> in the best KD output than in SFT's</span>"
+        )
     if abs(points) < 0.5:
         return '<span class="sk-difference">SFT and the best KD output are equally well supported</span>'
     fewer, tone = ("fewer", "sk-better") if points > 0 else ("more", "sk-worse")
