@@ -218,7 +218,7 @@ class TeacherClient:
             message = request(part)
             return traced_stream(
                 "ScoreSequences",
-                lambda metadata: self._stub.ScoreSequences(message, timeout=self._timeout_seconds, metadata=metadata),
+                lambda more: self._stub.ScoreSequences(message, timeout=self._timeout_seconds, metadata=more),
                 sequences=len(message.sequences),
             )
 

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from services.cli.supervisor import STOP_SECONDS
 from services.embedded import valkey_binary
+from teacher_server.options import TeacherOptions
 
 REPOSITORY = Path(__file__).parents[2]
 COMPOSE = yaml.safe_load((REPOSITORY / "docker-compose.yml").read_text())
@@ -45,6 +47,20 @@ def test_gpu_services_need_their_profile():
 def test_only_api_and_dashboard_are_published_and_only_to_this_host():
     published = {name: service["ports"] for name, service in SERVICES.items() if "ports" in service}
     assert published == {"api": ["127.0.0.1:8440:8440"], "dashboard": ["127.0.0.1:8441:8441"]}
+
+
+def test_all_who_ask_the_teacher_share_its_token():
+    tokens = {name: service.get("environment", {}).get("SMOOTHKD_TEACHER_TOKEN") for name, service in SERVICES.items()}
+    of_the_teacher = "${SMOOTHKD_TEACHER_TOKEN:-change-me}"
+    assert {name for name, token in tokens.items() if token == of_the_teacher} == {
+        *("api", "teacher", "teacher-gpu", "worker", "worker-gpu")
+    }
+    assert {token for token in tokens.values() if token} == {of_the_teacher}
+
+
+def test_a_stopping_teacher_has_time_to_drain():
+    seconds = int(SERVICES["teacher"]["stop_grace_period"].removesuffix("s"))
+    assert TeacherOptions(model="m").drain_seconds + 5 <= min(seconds, STOP_SECONDS)
 
 
 @pytest.mark.parametrize("service", OURS)

@@ -225,8 +225,8 @@ def test_draining_says_so_refuses_and_finishes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("drain_seconds", "signals"), [(0.5, 1), (300.0, 2)])
 def test_what_does_not_finish_is_cancelled(drain_seconds: float, signals: int, tmp_path: Path) -> None:
     port = free_port()
-    # All of it would take 500 s.
-    options = {"model": "300", "engine": "mock", "port": port, "mock_seconds": 0.5, "drain_seconds": drain_seconds}
+    # All of it would take 100 s.
+    options = {"model": "300", "engine": "mock", "port": port, "mock_seconds": 0.1, "drain_seconds": drain_seconds}
     with (
         teacher_process(options, log=tmp_path / "log") as process,
         TeacherClient(f"127.0.0.1:{port}", patience_seconds=30) as client,
