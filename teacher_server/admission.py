@@ -18,16 +18,17 @@ _RATE_SECONDS = 30.0
 class Limits:
     """Of requests: those under way (``streams``), their sequences that have no labels yet, and the tokens of these.
 
-    ``label_bytes``: labels of one client that are being computed or wait to be read; each of its streams may have one
-    sequence's beyond that. A client with nothing waiting may always send one request.
+    ``held_bytes`` bounds the memory of these requests and of labels that are being computed or wait to be read; each
+    stream may have one sequence's labels beyond that. A client with nothing waiting may always send one request.
     """
 
     streams_per_client: int = 32
     sequences_per_client: int = 4096
-    label_bytes_per_client: int = 16 * _MIB
+    held_bytes_per_client: int = 14 * _MIB
     streams: int = 1024
     sequences: int = 65_536
     tokens: int = 2**24
+    held_bytes: int = 1024 * _MIB
 
 
 class Admission:
@@ -38,6 +39,7 @@ class Admission:
         self.streams = 0
         self.sequences = 0
         self.tokens = 0
+        self.held_bytes = 0
         self.label_bytes = 0
         self._clients: dict[str, _Client] = {}
         self._done: deque[tuple[float, int, int]] = deque(maxlen=256)
@@ -48,7 +50,7 @@ class Admission:
         return len(self._clients)
 
     @contextmanager
-    def stream(self, client: str, *, sequences: int, tokens: int) -> Iterator["Stream"]:
+    def stream(self, client: str, *, sequences: int, tokens: int, request_bytes: int = 0) -> Iterator["Stream"]:
         """One request, of so many sequences or prompts. OverloadedError when too many are under way."""
         account = self._clients.setdefault(client, _Client())
         if account.streams >= self.limits.streams_per_client or self.streams >= self.limits.streams:
@@ -56,7 +58,7 @@ class Admission:
             raise _overloaded(
                 f"{account.streams} requests of this client and {self.streams} in all are under way", seconds
             )
-        stream = Stream(self, client, account, sequences=sequences, tokens=tokens)
+        stream = Stream(self, client, account, sequences=sequences, tokens=tokens, request_bytes=request_bytes)
         account.streams += 1
         self.streams += 1
         try:
@@ -106,14 +108,25 @@ class Admission:
 class Stream:
     """One request's part of the books. ``client`` is whom it counts for."""
 
-    def __init__(self, admission: Admission, client: str, account: "_Client", *, sequences: int, tokens: int) -> None:
+    def __init__(
+        self,
+        admission: Admission,
+        client: str,
+        account: "_Client",
+        *,
+        sequences: int,
+        tokens: int,
+        request_bytes: int,
+    ) -> None:
         self.client = client
         self._admission = admission
         self._account = account
         self._sequences = sequences
         self._tokens = tokens
         self._reserved = False
+        self._request_bytes = request_bytes
         self._label_bytes = 0
+        self._count(request_bytes)
 
     def reserve(self) -> None:
         """Count what this request still lacks as waiting; OverloadedError where there is no room for it."""
@@ -132,20 +145,26 @@ class Stream:
 
     def may_hold(self, size: int) -> bool:
         """Whether labels of ``size`` bytes may be computed now; the stream's first always may."""
-        most = self._admission.limits.label_bytes_per_client
-        return not self._label_bytes or self._account.label_bytes + size <= most
+        limits = self._admission.limits
+        within = self._account.held_bytes + size <= limits.held_bytes_per_client
+        return not self._label_bytes or (within and self._admission.held_bytes + size <= limits.held_bytes)
 
     def hold(self, size: int) -> None:
         """Count labels that are being computed or wait to be read; a negative size when they have gone."""
         self._label_bytes += size
-        self._account.label_bytes += size
         self._admission.label_bytes += size
+        self._count(size)
 
     def close(self) -> None:
         """Whatever was left waits no longer."""
         self.hold(-self._label_bytes)
+        self._count(-self._request_bytes)
         if self._reserved:
             self._wait_for(sequences=-self._sequences, tokens=-self._tokens)
+
+    def _count(self, size: int) -> None:
+        self._account.held_bytes += size
+        self._admission.held_bytes += size
 
     def _wait_for(self, *, sequences: int, tokens: int) -> None:
         self._account.sequences += sequences
@@ -157,7 +176,7 @@ class Stream:
 class _Client:
     streams: int = 0
     sequences: int = 0
-    label_bytes: int = 0
+    held_bytes: int = 0
 
 
 def _overloaded(what: str, seconds: float) -> OverloadedError:

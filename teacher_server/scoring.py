@@ -24,6 +24,9 @@ ResultT = TypeVar("ResultT")
 
 _OVERHEAD_BYTES = 1024
 
+_REQUEST_BYTES_PER_NUMBER = 6
+"""Of token ids and positions: 4 in the message, the rest in the bytes it was read from, which gRPC keeps as long."""
+
 
 class PayloadCache(Protocol):
     """Labels in their wire form by key; both methods block, and neither fails because of a disk."""
@@ -76,7 +79,8 @@ class Scoring:
 
         # Those of like length share batches, and what needs most memory shows at once.
         longest_first = sorted(sequences, key=_tokens, reverse=True)
-        with self._stream(client, longest_first, tokens=_tokens) as stream:
+        numbers = sum(_tokens(sequence) + len(sequence.label_positions) for sequence in sequences)
+        with self._stream(client, longest_first, tokens=_tokens, numbers=numbers) as stream:
             if self._cache is None:
                 stream.reserve()
             async with aclosing(_as_they_come(longest_first, answer, stream, size=size, tokens=_tokens)) as answers:
@@ -100,16 +104,22 @@ class Scoring:
             return _OVERHEAD_BYTES + 8 * options.max_new_tokens
 
         longest_first = sorted(prompts, key=_tokens, reverse=True)
-        with self._stream(client, longest_first, tokens=tokens) as stream:
+        numbers = sum(map(_tokens, prompts))
+        with self._stream(client, longest_first, tokens=tokens, numbers=numbers) as stream:
             stream.reserve()
             async with aclosing(_as_they_come(longest_first, answer, stream, size=size, tokens=tokens)) as answers:
                 async for continuation in answers:
                     yield continuation
 
     def _stream(
-        self, client: str, items: Sequence[ItemT], *, tokens: Callable[[ItemT], int]
+        self, client: str, items: Sequence[ItemT], *, tokens: Callable[[ItemT], int], numbers: int
     ) -> AbstractContextManager[Stream]:
-        return self._admission.stream(client, sequences=len(items), tokens=sum(map(tokens, items)))
+        return self._admission.stream(
+            client,
+            sequences=len(items),
+            tokens=sum(map(tokens, items)),
+            request_bytes=_REQUEST_BYTES_PER_NUMBER * numbers,
+        )
 
     async def _payload(self, sequence: TokenSequence, options: LabelOptions, stream: Stream) -> Payload:
         key = label_key(
