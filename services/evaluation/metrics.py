@@ -24,7 +24,7 @@ from services.evaluation.verdict import Verdict
 log = logging.getLogger(__name__)
 
 Metric = Callable[[Sequence[Answer]], list[Verdict]]
-QUESTION_METRICS = ("exact_match", "answer_f1")
+QUESTION_METRICS = ("exact_match", "f1")
 
 
 @dataclass(kw_only=True)
@@ -63,7 +63,7 @@ def load_metrics(
 ) -> Metrics:
     """Those that ``spec`` asks for on the benchmark. ``name``: the model's, for messages."""
     if benchmark in QUESTIONS:
-        return Metrics(names=QUESTION_METRICS, judges={"exact_match": judge_exact_match, "answer_f1": judge_answer_f1})
+        return Metrics(names=QUESTION_METRICS, judges={"exact_match": judge_exact_match, "f1": judge_answer_f1})
     metrics = Metrics(names=spec.metrics)
     for metric in spec.metrics:
         try:

@@ -32,6 +32,7 @@ class Platform:
             "SMOOTHKD_QUEUE_PORT": str(free_port()),
             "SMOOTHKD_DATA_DIR": str(folder / "data"),
             "SMOOTHKD_LEASE_SECONDS": "6",
+            "SMOOTHKD_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
         }
         self.model = model
