@@ -22,15 +22,17 @@ class CheckpointHead:
         return self._layer
 
 
-def load_checkpoint_head(directory: Path, *, dtype: torch.dtype, device: str) -> CheckpointHead:
+def load_checkpoint_head(
+    directory: Path, *, dtype: torch.dtype, device: str, trust_remote_code: bool = False
+) -> CheckpointHead:
     """Weight [V, D] and bias [V] of the head in ``dtype`` on ``device``; UnsupportedError when no file holds them.
 
     A head tied to the embedding is the embedding. Names come from the architecture as transformers builds it,
     without its weights.
     """
-    config = AutoConfig.from_pretrained(directory)
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        skeleton: Any = AutoModelForCausalLM.from_config(config)
+        skeleton: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     layer = skeleton.get_output_embeddings()
     if layer is None:
         raise UnsupportedError(

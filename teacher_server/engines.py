@@ -56,7 +56,7 @@ class _TransformersSource:
         return _named_weights(self._settings, self._options)
 
     def tokenizer(self, weights: Weights) -> TeacherTokenizer:
-        return load_tokenizer(weights.directory)
+        return load_tokenizer(weights.directory, trust_remote_code=self._options.trust_remote_code)
 
     async def load(self, weights: Weights) -> Engine:
         return await in_daemon_thread(lambda: self._load(weights), name="teacher-load")
@@ -77,6 +77,7 @@ class _TransformersSource:
                 dtype=options.dtype,
                 device=options.device,
                 max_length=options.max_length,
+                trust_remote_code=options.trust_remote_code,
             )
         )
 

@@ -11,7 +11,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from services.contract.errors import HandshakeError, OverloadedError, TeacherError, TeacherUnavailableError
+from services.contract.errors import (
+    HandshakeError,
+    OverloadedError,
+    TeacherError,
+    TeacherUnavailableError,
+    UnsupportedError,
+)
 from services.contract.settings import Settings
 from teacher_server.determinism import determinism_spread
 from teacher_server.engine import Engine, TeacherCard
@@ -227,6 +233,11 @@ async def _load_engine(source: EngineSource, weights: Weights) -> Engine:
         return await source.load(weights)
     except (MemoryError, RuntimeError, ValueError, OSError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if "trust_remote_code" in str(error):
+            raise UnsupportedError(
+                f"{weights.name} brings code of its own, which the teacher does not run unasked",
+                fix="Read that code; if you trust it, start the teacher with --trust-remote-code.",
+            ) from error
         raise TeacherError(
             f"{weights.name} cannot be loaded: {reason}",
             fix="If memory ran out, there is no room for two models: start the teacher again with --model. Otherwise "

@@ -23,8 +23,8 @@ class TeacherOptions:
     ``base`` names the model of a LoRA adapter given as ``model``. Other weights may be loaded later, from directories
     below the data directory and ``allow_models_below``. ``mock_seconds`` is how long the mock engine pretends to
     compute each sequence; ``limits`` is what one client and all of them may have under way. ``metrics_port`` defaults
-    to the settings'; ``drain_seconds`` is how long a stopping server lets calls under way finish. InvalidInputError for
-    a word that is none of those allowed.
+    to the settings'; ``drain_seconds`` is how long a stopping server lets calls under way finish. Code that
+    comes with a model runs only with ``trust_remote_code``. InvalidInputError for a word that is none of those allowed.
     """
 
     model: str
@@ -41,6 +41,7 @@ class TeacherOptions:
     mock_seconds: float = 0.0
     metrics_port: int | None = None
     drain_seconds: float = 20.0
+    trust_remote_code: bool = False
     vllm: VllmOptions = field(default_factory=VllmOptions)
     limits: Limits = field(default_factory=Limits)
 

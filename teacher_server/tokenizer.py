@@ -33,11 +33,11 @@ class TeacherTokenizer:
         return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
-def load_tokenizer(directory: Path) -> TeacherTokenizer:
-    """The tokenizer of a model's directory, as transformers reads it."""
+def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> TeacherTokenizer:
+    """The tokenizer of a model's directory, as transformers reads it; code of its own runs only where it is trusted."""
     from transformers import AutoTokenizer
 
-    return from_transformers(AutoTokenizer.from_pretrained(directory))
+    return from_transformers(AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code))
 
 
 def from_transformers(tokenizer: Any) -> TeacherTokenizer:

@@ -30,7 +30,8 @@ class TransformersModel:
     """A BatchModel around a causal language model that ``save_pretrained`` wrote to ``directory``.
 
     A LoRA ``adapter`` of it is merged in. ``dtype`` auto is float32 on the CPU, where 16-bit arithmetic is slow, and
-    the checkpoint's own type on a GPU. ``max_length`` None is the model's limit.
+    the checkpoint's own type on a GPU. ``max_length`` None is the model's limit. Code that comes with
+    the model runs only with ``trust_remote_code``.
     """
 
     max_batch_sequences = 64
@@ -45,12 +46,13 @@ class TransformersModel:
         dtype: str = "auto",
         device: str = "auto",
         max_length: int | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         self._device = _device(device)
         on_cpu = self._device.type == "cpu"
-        tokenizer = load_tokenizer(directory)
+        tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
         wanted: Any = _DTYPES.get(dtype, torch.float32 if on_cpu else "auto")
-        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=wanted)
+        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=wanted, trust_remote_code=trust_remote_code)
         if adapter is not None:
             model = merge_adapter(model, adapter)
         self._model = model.to(self._device).eval()

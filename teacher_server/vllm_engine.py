@@ -41,14 +41,26 @@ class VllmEngine:
     this process ends itself with SIGTERM for its supervisor to start it again.
     """
 
-    def __init__(self, weights: Weights, *, scorer: Any, generator: Any, lora: Any, quantization: str | None) -> None:
+    def __init__(
+        self,
+        weights: Weights,
+        *,
+        scorer: Any,
+        generator: Any,
+        lora: Any,
+        quantization: str | None,
+        trust_remote_code: bool = False,
+    ) -> None:
         self._weights = weights
+        self._trust_remote_code = trust_remote_code
         self._scorer, self._generator, self._lora = scorer, generator, lora
-        tokenizer = load_tokenizer(weights.directory)
+        tokenizer = load_tokenizer(weights.directory, trust_remote_code=trust_remote_code)
         self._tokenize = tokenizer.encode
         model_config = self._scorer.vllm_config.model_config
         self._dtype: torch.dtype = model_config.dtype
-        head_owner = load_checkpoint_head(weights.directory, dtype=self._dtype, device=_head_device())
+        head_owner = load_checkpoint_head(
+            weights.directory, dtype=self._dtype, device=_head_device(), trust_remote_code=trust_remote_code
+        )
         self._torch_head = TorchHead(head_owner, vocab_size=tokenizer.vocab_size)
         weights_dtype = str(self._dtype).removeprefix("torch.")
         # Quantised weights give other labels than the files they come from.
@@ -93,8 +105,10 @@ class VllmEngine:
         """A forward pass by transformers on the CPU, with the weights mapped from disk and dropped afterwards."""
         logger.info("comparing with a forward pass by transformers on the processor; minutes for large models")
         directory = self._weights.directory
-        config = AutoConfig.from_pretrained(directory)
-        model: Any = AutoModelForCausalLM.from_pretrained(directory, config=config, dtype=self._dtype)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=self._trust_remote_code)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            directory, config=config, dtype=self._dtype, trust_remote_code=self._trust_remote_code
+        )
         if self._weights.adapter is not None:
             model = merge_adapter(model, self._weights.adapter)
         model.eval()

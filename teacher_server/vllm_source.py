@@ -60,7 +60,7 @@ class VllmSource:
         return self._start_weights
 
     def tokenizer(self, weights: Weights) -> TeacherTokenizer:
-        return load_tokenizer(weights.directory)
+        return load_tokenizer(weights.directory, trust_remote_code=self._options.trust_remote_code)
 
     async def load(self, weights: Weights) -> Engine:
         """UnsupportedError for an adapter that vLLM was not started for, or cannot apply."""
@@ -80,6 +80,7 @@ class VllmSource:
                 generator=self._generator,
                 lora=lora,
                 quantization=self._options.vllm.quantization,
+                trust_remote_code=self._options.trust_remote_code,
             ),
             name="teacher-load",
         )
@@ -99,6 +100,7 @@ class VllmSource:
                 options=options.vllm,
                 max_lora_rank=self._max_rank,
                 pooling=pooling,
+                trust_remote_code=options.trust_remote_code,
             )
             if pooling:
                 self._scorer = engine
@@ -166,7 +168,14 @@ def _adapter_rank(adapter: Path) -> int:
 
 
 def _start_engine(
-    directory: Path, *, dtype: str, max_length: int | None, options: VllmOptions, max_lora_rank: int, pooling: bool
+    directory: Path,
+    *,
+    dtype: str,
+    max_length: int | None,
+    options: VllmOptions,
+    max_lora_rank: int,
+    pooling: bool,
+    trust_remote_code: bool,
 ) -> Any:
     # vLLM reads these when it is imported, and its processes inherit them; what a user has set stays.
     for name, value in (_ENVIRONMENT if torch.cuda.is_available() else _ENVIRONMENT | _CPU_ENVIRONMENT).items():
@@ -179,6 +188,7 @@ def _start_engine(
         "model": str(directory),
         "dtype": dtype if dtype != "auto" or torch.cuda.is_available() else "float32",
         "max_model_len": max_length,
+        "trust_remote_code": trust_remote_code,
         "tensor_parallel_size": options.tensor_parallel_size,
         "pipeline_parallel_size": options.pipeline_parallel_size,
         "quantization": options.quantization,

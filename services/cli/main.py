@@ -142,6 +142,9 @@ def teacher(
     pipeline_parallel_size: Annotated[int, VLLM] = 1,
     quantization: Annotated[str | None, VLLM] = None,
     gpu_memory_utilization: Annotated[float, VLLM] = 0.8,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model; read it first.")
+    ] = False,
     metrics_port: Annotated[int | None, typer.Option(help="Serve Prometheus metrics here.")] = None,
     drain_seconds: Annotated[
         float, typer.Option(min=0, help="How long a stopping teacher lets calls under way finish.")
@@ -169,6 +172,7 @@ def teacher(
             device=device,
             max_length=max_length,
             label_dtype=label_dtype,
+            trust_remote_code=trust_remote_code,
             metrics_port=metrics_port,
             drain_seconds=drain_seconds,
             vllm=VllmOptions(

@@ -1,7 +1,10 @@
 """Who may use a teacher: real servers, certificates of real authorities, every rpc."""
 
+import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from grpc_status import rpc_status
 
 from services.api.preflight import probe_teacher
 from services.cli.health import teacher_problem
-from services.contract.errors import AuthenticationError, InvalidInputError, TeacherUnavailableError
+from services.contract.errors import AuthenticationError, InvalidInputError, TeacherUnavailableError, UnsupportedError
 from services.contract.settings import Settings
 from services.contract.teacher.v1 import teacher_service_pb2 as pb
 from services.contract.teacher.v1.teacher_service_pb2_grpc import TeacherServiceStub
@@ -255,3 +258,28 @@ def test_a_wrong_certificate_is_not_waited_for(encrypted_address: str, theirs: A
     ):
         client.describe()
     assert time.monotonic() - started < 30
+
+
+def test_code_that_comes_with_a_model_runs_only_where_it_is_trusted(
+    model_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    directory, ran = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(model_of("llama-untied"), directory)
+    config = json.loads((directory / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "own.py").write_text(
+        "from pathlib import Path\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        f"Path({str(ran)!r}).touch()\n"
+        "class Config(LlamaConfig):\n    model_type = 'own'\n"
+        "class Model(LlamaForCausalLM):\n    config_class = Config\n"
+    )
+    options = TeacherOptions(model=str(directory), engine="transformers", port=0)
+    with pytest.raises(UnsupportedError, match="code of its own") as caught, running_teacher(options):
+        pass
+    assert "--trust-remote-code" in caught.value.fix
+    assert not ran.exists()
+    with running_teacher(replace(options, trust_remote_code=True)) as address, TeacherClient(address) as client:
+        assert len(list(client.score(long_sequences(2)))) == 2
+    assert ran.exists()
