@@ -30,7 +30,7 @@ def training_arguments(spec: RunSpec, checkpoints: Path, *, steps: int) -> Train
         data_seed=spec.seed,
         num_train_epochs=training.epochs,
         per_device_train_batch_size=micro_batch_size,
-        gradient_accumulation_steps=spec.batch_size // (micro_batch_size * _processes().num_processes),
+        gradient_accumulation_steps=spec.batch_size // (micro_batch_size * processes().num_processes),
         learning_rate=spec.learning_rate,
         lr_scheduler_type=training.lr_scheduler,
         warmup_steps=math.ceil(steps * training.warmup_ratio),
@@ -61,7 +61,7 @@ def micro_batch(spec: RunSpec) -> int:
     Without ``micro_batch_size`` that is all of them, but on a CPU one: there nothing is gained by more, and padding
     costs a quarter.
     """
-    ranks: int = _processes().num_processes
+    ranks: int = processes().num_processes
     if spec.batch_size % ranks:
         raise SpecError(
             f"batch_size {spec.batch_size} cannot be shared by {ranks} processes",
@@ -84,10 +84,11 @@ def optimizer_steps(spec: RunSpec, *, examples: int) -> int:
 
 def training_device() -> torch.device:
     """Where this process trains."""
-    device: torch.device = _processes().device
+    device: torch.device = processes().device
     return device
 
 
-def _processes() -> PartialState:
+def processes() -> PartialState:
+    """This process among those that a launcher started with it."""
     # Without a GPU the processes of a launcher find each other only when told that they are to use the CPU.
     return PartialState(cpu=not torch.cuda.is_available())

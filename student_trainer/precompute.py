@@ -15,6 +15,7 @@ from services.contract.spec import RunSpec
 from services.labels.files import LabelWriter
 from services.labels.manifest import Manifest
 from student_trainer.examples import load_examples
+from student_trainer.finetune import finetune_teacher
 from student_trainer.handshake import PROBE_TEXTS
 from student_trainer.labels import label_request
 from student_trainer.progress import Progress
@@ -53,6 +54,7 @@ def precompute_labels(
     """
     started = time.monotonic()
     spec = _with_labels(runs)
+    finetune_teacher(spec, settings=settings, should_stop=should_stop)
     tokenizer = load_tokenizer(spec.student, settings)
     with ExitStack() as stack:
         teacher = connect_teacher(spec, tokenizer=tokenizer, settings=settings)

@@ -1,13 +1,14 @@
-"""A sweep's DECODE and TRAIN stages: the same work as from the command line, with its results in the store."""
+"""A sweep's FINETUNE_TEACHER, DECODE and TRAIN stages: as from the command line, with their results in the store."""
 
 import time
 from collections.abc import Sequence
 
 from services.contract.records import Artifact, MetricPoint
 from services.contract.settings import Settings
-from services.contract.spec import expand
+from services.contract.spec import RunSpec, expand
 from services.store.store import Attempt, Store
 from student_trainer.decode import decode_responses
+from student_trainer.finetune import finetune_teacher
 from student_trainer.student import load_tokenizer
 from student_trainer.train import train
 from student_trainer.watcher import stop_on_signals
@@ -40,8 +41,7 @@ def run_train(store: Store, attempt: Attempt, settings: Settings) -> None:
 def run_decode(store: Store, attempt: Attempt, settings: Settings) -> None:
     """Have the teacher decode the responses that runs of this sweep learn."""
     key = store.stage_key(attempt.stage_id)
-    sweep = store.sweep(store.stage(attempt.stage_id).sweep_id)
-    spec = next(spec for spec in expand(sweep.spec) if spec.decode_key == key)
+    spec = next(spec for spec in _runs_of_stage(store, attempt) if spec.decode_key == key)
     reports = _Reports(store, attempt)
     with stop_on_signals() as stopping:
         decode_responses(
@@ -52,6 +52,24 @@ def run_decode(store: Store, attempt: Attempt, settings: Settings) -> None:
             should_stop=stopping,
             before_rename=lambda: store.check_current(attempt),
         )
+
+
+def run_finetune(store: Store, attempt: Attempt, settings: Settings) -> None:
+    """Fine-tune the teacher that runs of this sweep learn from."""
+    key = store.stage_key(attempt.stage_id)
+    spec = next(spec for spec in _runs_of_stage(store, attempt) if spec.finetune_key == key)
+    reports = _Reports(store, attempt)
+    finetune_teacher(
+        spec,
+        settings=settings,
+        on_progress=reports.set_progress,
+        before_rename=lambda: store.check_current(attempt),
+    )
+
+
+def _runs_of_stage(store: Store, attempt: Attempt) -> list[RunSpec]:
+    """All runs of the sweep whose stage it is."""
+    return expand(store.sweep(store.stage(attempt.stage_id).sweep_id).spec)
 
 
 class _Reports:

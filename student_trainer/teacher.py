@@ -1,13 +1,15 @@
 """The teacher as a run sees it: checked before anything trains, then a source of soft labels."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from services.contract.distillation_spec import DistillationSpec
+from services.contract.errors import TeacherError
 from services.contract.lm_head import LmHead
 from services.contract.sequences import LabelOptions, TokenSequence
 from services.contract.settings import Settings
@@ -16,8 +18,10 @@ from services.contract.spec import RunSpec
 from services.contract.teacher_channel import teacher_access
 from student_trainer.alignment import verify_token_logprobs
 from student_trainer.data import Example
+from student_trainer.finetuned import finetuned_directory
 from student_trainer.label_source import LabelSource
-from student_trainer.labels import as_tensor, label_request
+from student_trainer.labels import as_array, as_tensor, label_request
+from student_trainer.loss import require_projectable
 from student_trainer.output_head import OutputHead
 from student_trainer.teacher_client import TeacherClient, TeacherInfo
 
@@ -44,6 +48,17 @@ class Teacher:
         rounding explains.
         """
         return verify_token_logprobs(scored, sequence, head=self.lm_head, temperature=self.options.temperature)
+
+    def projecting(self, head: OutputHead, *, vocab_size: int, dtype: torch.dtype) -> "Teacher":
+        """The teacher whose labels are means of this student's ``head``, in the type that the loss multiplies with.
+
+        UnsupportedError for a head that training changes, or whose logits are capped.
+        """
+        require_projectable(head)
+        weight_VD = as_array(head.weight_RD[:vocab_size].to(dtype))
+        bias_V = None if head.bias_R is None else as_array(head.bias_R[:vocab_size].to(dtype))
+        fingerprint = self.source.use_student_head(LmHead(weight_VD=weight_VD, bias_V=bias_V))
+        return replace(self, options=replace(self.options, student_head=fingerprint))
 
     def head_on(self, device: torch.device, *, dtype: torch.dtype) -> OutputHead | None:
         """The teacher's output head beside the student, in the type that the loss multiplies with."""
@@ -76,17 +91,36 @@ def connect_teacher(spec: RunSpec, *, tokenizer: PreTrainedTokenizerBase, settin
 
 
 def open_client(spec: RunSpec, *, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> TeacherClient:
-    """A connection to the teacher that ``spec`` names, with the checks and errors of ``connect_teacher``."""
+    """A connection to the teacher that ``spec`` names, with the checks and errors of ``connect_teacher``.
+
+    The teacher is made to serve the weights that this run learns from, and again whenever students of others have had
+    theirs loaded meanwhile.
+    """
     assert spec.teacher is not None
     address = settings.resolved_teacher_address
     log.info("asking the teacher at %s for %s", address, spec.teacher.model)
     client = TeacherClient(address, access=teacher_access(settings), cache_dir=settings.data_dir / "lm_heads")
+    encoding = spec.distillation.labels.encoding
     try:
-        client.handshake(tokenizer, spec.teacher.model, spec.distillation.labels.encoding)
+        own = client.handshake(tokenizer, spec.teacher.model, encoding)
+        finetuned = finetuned_directory(spec, settings)
+        client.load_model(own.model if finetuned is None else _served_path(finetuned, settings))
+        client.handshake(tokenizer, encoding=encoding)
     except BaseException:
         client.close()
         raise
     return client
+
+
+def _served_path(finetuned: Path, settings: Settings) -> str:
+    """As the teacher finds it in the data directory, wherever that is mounted there."""
+    model = finetuned / "model"
+    if not model.is_dir():
+        raise TeacherError(
+            f"the teacher has not been fine-tuned: there is no {model}",
+            fix="Sweeps do that first, and so does `smoothkd train`; let teacher and workers share one data directory.",
+        )
+    return str(model.relative_to(settings.data_dir))
 
 
 def label_options(spec: DistillationSpec) -> LabelOptions:

@@ -7,7 +7,6 @@ from typing import Protocol
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from services.contract.distillation_spec import StudentSpec
 from services.contract.errors import (
     AuthenticationError,
     DatasetError,
@@ -73,16 +72,13 @@ def probe_teacher(settings: Settings, *, model: str) -> wire.GetTeacherResponse:
 def check_sweep(spec: SweepSpec, *, settings: Settings, probe: TeacherProbe = probe_teacher) -> None:
     """Raises the first thing that would make the sweep fail, cheapest checks first; stores nothing.
 
-    The size of the grid, the release's abilities, a local student's directory, the data set and its columns,
-    benchmarks, the directory of label files, and the teacher where the sweep needs one.
+    The size of the grid, local directories of models that are to be trained, the data set and its columns, benchmarks,
+    the directory of label files, and the teacher where the sweep needs one.
     """
     _check_size(spec)
+    _check_model(spec.student.model, revision=spec.student.revision, field="student.model")
     if spec.teacher is not None and spec.teacher.finetune is not None:
-        raise UnsupportedError(
-            "teacher.finetune: this release does not fine-tune the teacher within a sweep",
-            fix="Fine-tune it first with `smoothkd train`, then name the directory as teacher.model.",
-        )
-    _check_student(spec.student)
+        _check_model(spec.teacher.model, revision=spec.teacher.revision, field="teacher.model")
     check_dataset(spec.dataset, offline=settings.offline)
     for benchmark in spec.evaluation.benchmarks:
         _check_benchmark(benchmark, limit=spec.evaluation.limit, offline=settings.offline)
@@ -104,13 +100,13 @@ def _check_size(spec: SweepSpec) -> None:
         )
 
 
-def _check_student(student: StudentSpec) -> None:
-    directory = Path(student.model).expanduser()
+def _check_model(model: str, *, revision: str | None, field: str) -> None:
+    directory = Path(model).expanduser()
     if directory.is_dir():
-        check_model_directory(directory, revision=student.revision)
-    elif is_path(student.model):
+        check_model_directory(directory, revision=revision)
+    elif is_path(model):
         raise ModelNotFoundError(
-            f"student.model: there is no directory {student.model} (looked from {Path.cwd()})",
+            f"{field}: there is no directory {model} (looked from {Path.cwd()})",
             fix="Correct the path, or use a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct.",
         )
 

@@ -25,12 +25,16 @@ def run_stage(stage_id: str, *, attempt_number: int, settings: Settings) -> None
             from student_trainer.stage import run_decode
 
             run_decode(store, attempt, settings)
+        elif kind == StageKind.FINETUNE_TEACHER:
+            from student_trainer.stage import run_finetune
+
+            run_finetune(store, attempt, settings)
         elif kind == StageKind.EVALUATE:
             from services.evaluation.stage import run_evaluate
 
             run_evaluate(store, attempt, settings)
         else:
-            raise AssertionError(f"preflight lets no {kind} stage through")
+            raise AssertionError(f"nothing carries out a {kind} stage")
     except SmoothKDError as error:
         problem_file = os.environ.get("SMOOTHKD_PROBLEM_FILE")
         if problem_file:

@@ -12,21 +12,34 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from services.contract.distillation_spec import DistillationSpec, StudentSpec, check_student_fits_labels
+from services.contract.distillation_spec import DistillationSpec, LoraSpec, StudentSpec, check_student_fits_labels
 from services.contract.evaluation_spec import EvaluationSpec, Spec
 
 
 class TeacherFinetuneSpec(Spec):
-    """How the teacher is first fine-tuned on the sweep's data set (paper, section 4.1)."""
+    """How the teacher is first fine-tuned on the sweep's data set (paper, section 4.1).
+
+    ``lora`` details the method lora. What is not said here is as for the sweep's students, under ``training``.
+    """
 
     method: Literal["full", "lora"] = "lora"
     epochs: Annotated[int, Field(ge=1)] = 1
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
     batch_size: Annotated[int, Field(ge=1)] = 8
+    lora: LoraSpec | None = None
+
+    @model_validator(mode="after")
+    def _lora_belongs_to_its_method(self) -> "TeacherFinetuneSpec":
+        if self.lora is not None and self.method != "lora":
+            raise ValueError(f"lora only goes with method lora; remove lora or the method {self.method}")
+        return self
 
 
 class TeacherSpec(Spec):
-    """``model``: a directory or a hub id; the teacher server must serve this very model."""
+    """``model``: a directory or a hub id; the teacher server must have been started with this very model.
+
+    With ``finetune`` it is fine-tuned first, and the teacher server then serves the outcome.
+    """
 
     model: Annotated[str, Field(min_length=1)]
     revision: str | None = None
@@ -135,12 +148,17 @@ class RunSpec(Spec):
                 f"alpha {self.alpha:g} at level {self.distillation.level} needs a teacher; name one under teacher.model"
             )
         check_student_fits_labels(self.student, self.distillation)
-        _check_micro_batch(self.training.micro_batch_size, (self.batch_size,))
+        _check_micro_batch(self.training.micro_batch_size, (self.batch_size, *_finetune_batch_size(self.teacher)))
         return self
 
     @property
     def needs_teacher(self) -> bool:
         return self.alpha > 0 or self.decodes
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether a teacher must be serving: labels may also lie in files."""
+        return self.decodes or (self.alpha > 0 and self.distillation.labels.path is None)
 
     @property
     def decodes(self) -> bool:
@@ -172,11 +190,35 @@ class RunSpec(Spec):
             return None
         return content_key(
             {
-                "teacher": self.teacher.model_dump(mode="json"),
+                "teacher": self.finetune_key or self.teacher.model_dump(mode="json"),
                 "dataset": self.dataset.model_dump(mode="json"),
                 "max_length": self.training.max_length,
             }
         )
+
+    @property
+    def finetune_run(self) -> "RunSpec | None":
+        """The run that makes this one's teacher: supervised fine-tuning on the same records.
+
+        None where the teacher is used as it is, and where none is asked.
+        """
+        if self.teacher is None or self.teacher.finetune is None or not self.asks_teacher:
+            return None
+        how = self.teacher.finetune
+        lora = (how.lora or LoraSpec()) if how.method == "lora" else None
+        return RunSpec(
+            student=StudentSpec(model=self.teacher.model, revision=self.teacher.revision, lora=lora),
+            dataset=self.dataset,
+            learning_rate=how.learning_rate,
+            batch_size=how.batch_size,
+            training=self.training.model_copy(update={"epochs": how.epochs}),
+        )
+
+    @property
+    def finetune_key(self) -> str | None:
+        """16 hex digits of all that the fine-tuned teacher depends on; runs with the same key share it."""
+        run = self.finetune_run
+        return run.key if run is not None else None
 
 
 class SweepSpec(Spec):
@@ -195,7 +237,8 @@ class SweepSpec(Spec):
     def _holds_together(self) -> "SweepSpec":
         _check_level_against_alpha(self.distillation.level, self.grid.alpha)
         check_student_fits_labels(self.student, self.distillation)
-        _check_micro_batch(self.training.micro_batch_size, self.grid.batch_size)
+        batch_sizes = (*self.grid.batch_size, *_finetune_batch_size(self.teacher))
+        _check_micro_batch(self.training.micro_batch_size, batch_sizes)
         needs_teacher = max(self.grid.alpha) > 0 or self.distillation.level != "word"
         if needs_teacher and self.teacher is None:
             raise ValueError("this grid distils, so it needs a teacher; name one under teacher.model")
@@ -242,6 +285,10 @@ def _check_level_against_alpha(level: str, alphas: tuple[float, ...]) -> None:
         raise ValueError(
             "level sequence learns the teacher's decodes with alpha 0; set alpha to 0, or level to word+sequence"
         )
+
+
+def _finetune_batch_size(teacher: TeacherSpec | None) -> tuple[int, ...]:
+    return (teacher.finetune.batch_size,) if teacher is not None and teacher.finetune is not None else ()
 
 
 def _check_micro_batch(micro_batch_size: int | None, batch_sizes: tuple[int, ...]) -> None:

@@ -112,7 +112,7 @@ def open_replica_channels(address: str, *, access: TeacherAccess) -> list[grpc.C
     """A channel to each machine behind ``address``, for what every replica has to be told by itself."""
     prefix = TLS_PREFIX if address.startswith(TLS_PREFIX) else ""
     target, authority = address.removeprefix(TLS_PREFIX), ""
-    single = _HOST_PORT.fullmatch(target)
+    single = _HOST_PORT.fullmatch(target.removeprefix("dns:///"))
     replicas = [(single["bracketed"] or single["host"], int(single["port"]))] if single else _listed_replicas(target)
     if replicas:
         target, authority = _numeric_target(replicas), replicas[0][0]

@@ -137,12 +137,19 @@ def _plan(sweep_id: str, runs: list[RunSpec]) -> dict[str, list[dict[str, Any]]]
         )
         return stage_id
 
+    finetunes = {
+        key: add_stage(f"{sweep_id}-{key[:8]}-finetune", run_id=None, kind=StageKind.FINETUNE_TEACHER, key=key)
+        for key in dict.fromkeys(run.finetune_key for run in runs)
+        if key is not None
+    }
     decodes = {
         key: add_stage(f"{sweep_id}-{key[:8]}-decode", run_id=None, kind=StageKind.DECODE, key=key)
         for key in dict.fromkeys(run.decode_key for run in runs)
         if key is not None
     }
     keys = [run.key for run in runs]
+    # A decode's need of the fine-tuning is one, however many runs share both.
+    needs: dict[tuple[str, str], None] = {}
     for position, (run, key, short) in enumerate(zip(runs, keys, _shortened(keys), strict=True)):
         run_id = f"{sweep_id}-{short}"
         rows["runs"].append(
@@ -154,14 +161,15 @@ def _plan(sweep_id: str, runs: list[RunSpec]) -> dict[str, list[dict[str, Any]]]
                 "state": State.QUEUED,
             }
         )
-        chain = [decodes[run.decode_key]] if run.decode_key is not None else []
+        chain = [finetunes[run.finetune_key]] if run.finetune_key is not None else []
+        if run.decode_key is not None:
+            chain.append(decodes[run.decode_key])
         chain.append(add_stage(f"{run_id}-train", run_id=run_id, kind=StageKind.TRAIN, key=key))
         if run.evaluation.benchmarks:
             chain.append(add_stage(f"{run_id}-evaluate", run_id=run_id, kind=StageKind.EVALUATE, key=key))
         rows["run_stages"] += [{"run_id": run_id, "stage_id": stage_id} for stage_id in chain]
-        rows["stage_needs"] += [
-            {"stage_id": later, "needs_id": earlier} for earlier, later in itertools.pairwise(chain)
-        ]
+        needs.update(dict.fromkeys(itertools.pairwise(chain)))
+    rows["stage_needs"] = [{"stage_id": later, "needs_id": earlier} for earlier, later in needs]
     return rows
 
 

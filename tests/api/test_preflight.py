@@ -68,9 +68,12 @@ def test_labels_in_files_ask_no_teacher_and_must_be_there(tmp_path: Path) -> Non
     assert "distillation.labels.path" in refusal(absent, error=InvalidInputError).what
 
 
-def test_teacher_finetune_is_refused_with_the_way_round_it() -> None:
+def test_a_teacher_that_is_to_be_fine_tuned_must_be_there() -> None:
     spec = make_spec(teacher={"model": "big-teacher", "finetune": {"method": "lora"}})
-    assert "smoothkd train" in refusal(spec, error=UnsupportedError).fix
+    with serving() as address:
+        check_sweep(spec, settings=Settings(teacher_address=address, offline=True))
+    absent = make_spec(teacher={"model": "./no/teacher", "finetune": {"method": "full"}})
+    assert "teacher.model: there is no directory" in refusal(absent, error=ModelNotFoundError).what
 
 
 def test_a_huge_grid_is_refused_before_it_is_expanded() -> None:

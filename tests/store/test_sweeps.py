@@ -70,6 +70,33 @@ def test_runs_of_a_sweep_share_one_decode(store: Store) -> None:
     assert [stage.id for stage in store.ready_stages()] == [decode.id]
 
 
+def test_runs_of_a_sweep_share_one_fine_tuning_which_comes_first(store: Store) -> None:
+    spec = example_sweep(
+        teacher={"model": "teacher", "finetune": {"method": "lora"}},
+        distillation={"level": "word+sequence"},
+        grid={"alpha": [0.1, 1.0]},
+    )
+    first, second = store.runs(store.create_sweep(spec).id).items
+    kinds = ["finetune_teacher", "decode", "train", "evaluate"]
+    assert [stage.kind for stage in first.stages] == kinds
+    finetune, decode = first.stages[:2]
+    assert second.stages[:2] == [finetune, decode]
+    assert finetune.run_id is None
+    assert store.stage_key(finetune.id) == expand(spec)[0].finetune_key
+    assert [stage.id for stage in store.ready_stages()] == [finetune.id]
+    assert store.stage_inputs(decode.id) == [finetune]
+    finish(store, finetune.id)
+    assert [stage.id for stage in store.ready_stages()] == [decode.id]
+
+
+def test_only_runs_that_ask_the_teacher_wait_for_its_fine_tuning(store: Store) -> None:
+    spec = example_sweep(teacher={"model": "teacher", "finetune": {}}, evaluation={})
+    sft, distilled = store.runs(store.create_sweep(spec).id).items
+    assert [stage.kind for stage in sft.stages] == ["train"]
+    assert [stage.kind for stage in distilled.stages] == ["finetune_teacher", "train"]
+    assert {stage.kind for stage in store.ready_stages()} == {"train", "finetune_teacher"}
+
+
 def test_decodes_depend_on_teacher_dataset_and_length_alone() -> None:
     def key(**changes: object) -> str | None:
         return expand(example_sweep(distillation={"level": "word+sequence"}, **changes))[0].decode_key
