@@ -207,7 +207,7 @@ def test_an_export_killed_with_9_leaves_whole_files(tmp_path: Path) -> None:
     code = (
         "import sys\nfrom pathlib import Path\nfrom services.labels import files\n"
         "from tests.labels.test_files import manifest, scored, sequence\n"
-        "files.GROUP_BYTES, files.SHARD_BYTES = 500, 2000\n"
+        "files.GROUP_BYTES, files.SHARD_BYTES = 500, 20_000\n"
         "with files.LabelWriter(Path(sys.argv[1]), manifest(), head=None) as writer:\n"
         "    for number in range(100000):\n"
         "        writer.write(sequence(number), scored(sequence(number)))\n"
@@ -218,7 +218,7 @@ def test_an_export_killed_with_9_leaves_whole_files(tmp_path: Path) -> None:
             [sys.executable, "-c", code, tmp_path], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
         )
         assert process.stdout is not None
-        for _ in range(random.Random(seed).randrange(60, 300)):
+        for _ in range(random.Random(seed).randrange(120, 400)):
             process.stdout.readline()
         process.kill()
         process.communicate()

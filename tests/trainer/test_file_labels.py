@@ -3,17 +3,28 @@
 import json
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from services.contract.errors import CancelledError, DatasetError, HandshakeError, InvalidInputError, UnsupportedError
+from services.contract.errors import (
+    CancelledError,
+    DatasetError,
+    HandshakeError,
+    InvalidInputError,
+    LabelMismatchError,
+    UnsupportedError,
+)
+from services.contract.sequences import TokenSequence
 from services.contract.settings import Settings
+from services.contract.soft_labels import ExactLabels
 from services.labels.files import LabelFiles, LabelWriter
 from services.labels.manifest import MANIFEST
 from services.models.tiny import make_tiny_model
 from student_trainer.precompute import precompute_labels
+from student_trainer.teacher_client import TeacherClient
 from student_trainer.train import train
 from teacher_server.server import TeacherOptions
 from tests.teacher.serving import running_teacher
@@ -136,12 +147,6 @@ def test_labels_whose_log_probabilities_do_not_fit_are_refused_before_training(
     make_run: MakeRun, settings: Settings, labels: Path, tmp_path: Path
 ) -> None:
     """Every checksum is right, but the hidden states are those of the next position."""
-    from dataclasses import replace
-
-    from services.contract.errors import LabelMismatchError
-    from services.contract.sequences import TokenSequence
-    from services.contract.soft_labels import ExactLabels
-
     files = LabelFiles(labels)
     with LabelWriter(tmp_path / "rolled", files.manifest, head=files.lm_head()) as writer:
         for item in files:
@@ -151,6 +156,22 @@ def test_labels_whose_log_probabilities_do_not_fit_are_refused_before_training(
             writer.write(sequence, replace(scored, labels=rolled))
     with pytest.raises(LabelMismatchError, match="log-probability that differs"):
         train(in_files(make_run(alpha=1.0), tmp_path / "rolled"), out=tmp_path / "run", settings=settings)
+
+
+def test_labels_that_do_not_fit_are_not_written(
+    make_run: MakeRun, settings: Settings, lone_teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = TeacherClient.score
+
+    def misaligned(self: TeacherClient, sequences, options):
+        for scored in plain(self, sequences, options):
+            yield replace(scored, labels=ExactLabels(hidden_ND=np.roll(scored.labels.hidden_ND, 1, axis=0)))
+
+    monkeypatch.setattr(TeacherClient, "score", misaligned)
+    online = settings.model_copy(update={"teacher_address": lone_teacher})
+    with pytest.raises(LabelMismatchError, match="log-probability that differs"):
+        precompute_labels([make_run(alpha=1.0)], settings=online, out=tmp_path / "labels")
+    assert len(LabelFiles(tmp_path / "labels")) == 0
 
 
 def test_a_damaged_row_stops_the_run_with_its_name(
