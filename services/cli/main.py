@@ -247,6 +247,23 @@ def report(
         typer.echo(file)
 
 
+@app.command(rich_help_panel=RESULTS)
+def compare(
+    first: Annotated[str, typer.Argument(metavar="A", help="Directory of an evaluation, or a run's id.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="What is compared with it.")],
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Say whether B is better than A, metric by metric on the same items, and how sure that is."""
+    from services.cli.comparison import compare_sides, print_versus
+
+    versus = compare_sides(first, second, settings=_settings())
+    if as_json:
+        typer.echo(versus.model_dump_json(indent=2))
+    else:
+        print_versus(versus)
+
+
 @app.command(rich_help_panel=FILES)
 def fetch(model: Annotated[str, typer.Argument(help="Directory, hub id, or an embedded model's name.")]) -> None:
     """Bring a model to this machine and print where it lies."""

@@ -39,6 +39,8 @@ CURVE_TITLES = {
     "learning_rate": "Learning rate",
     "grad_norm": "Gradient norm",
 }
+LONG = 40
+"""Characters beyond which a cell breaks its lines."""
 # The browser itself then refuses whatever a mistake of ours might let through.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
@@ -100,8 +102,13 @@ def list_html(lines: Sequence[str]) -> str:
 def table_html(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A plain table of text cells."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    body = "".join(f"<tr>{''.join(map(_text_cell, row))}</tr>" for row in rows)
     return f'<div class="sk-scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _text_cell(text: str) -> str:
+    kind = ' class="sk-long"' if len(text) > LONG else ""
+    return f"<td{kind}>{escape(text)}</td>"
 
 
 def method_html(method: str, colours: Mapping[str, str]) -> str:
@@ -152,7 +159,7 @@ def _comparisons_html(report: Report, colours: Mapping[str, str]) -> str:
 def _trade_off_html(trade_off: TradeOff, colours: Mapping[str, str]) -> str:
     title = trade_off_title(trade_off.faithfulness, trade_off.quality)
     caption = f"{title}: a point per method, the dashed line is the Pareto front; up and right is better."
-    plot = figure_html(trade_off_plot(trade_off, colours=colours), caption=caption) if trade_off.points else ""
+    plot = figure_html(trade_off_plot(trade_off, colours=colours), caption=caption)
     return f"<h2>{escape(title)}</h2>{plot}{list_html(trade_off.left_out)}"
 
 

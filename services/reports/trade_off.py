@@ -10,7 +10,7 @@ OVERLAP = "rouge_l"
 
 
 def find_trade_offs(summary: Summary) -> list[TradeOff]:
-    """One for each faithfulness metric that the summary has.
+    """One for each faithfulness metric that the summary has of any method.
 
     Quality is accuracy over the multiple-choice benchmarks, or ROUGE-L where the sweep has none. Each is a plain mean
     over benchmarks, so a method that lacks one of them has no place and is named instead.
@@ -20,7 +20,7 @@ def find_trade_offs(summary: Summary) -> list[TradeOff]:
     quality, quality_benchmarks = _quality(columns)
     if not quality_benchmarks:
         return []
-    return [
+    found = [
         _trade_off(
             summary,
             metric,
@@ -30,6 +30,7 @@ def find_trade_offs(summary: Summary) -> list[TradeOff]:
         )
         for metric in metrics
     ]
+    return [trade_off for trade_off in found if trade_off.points]
 
 
 def _quality(columns: Sequence[tuple[str, str]]) -> tuple[str, list[str]]:

@@ -15,6 +15,7 @@ from services.contract.records import Generation, MetricPoint, Score
 from services.contract.report_records import Report
 from services.contract.spec import SweepSpec
 from services.contract.states import StageKind, State
+from services.reports.versus import Versus
 from services.store.store import Store
 
 ITEMS = 40
@@ -115,3 +116,15 @@ def test_the_command_writes_files(
     assert [row["method"] for row in rows] == ["SFT", "KD alpha=1"]
     refused = CliRunner().invoke(app, ["report", sweep_id, "--out", str(tmp_path / "r"), "--format", "docx"])
     assert isinstance(refused.exception, InvalidInputError)
+
+
+def test_runs_are_compared_by_their_ids(
+    api: ApiClient, sweep_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMOOTHKD_API_URL", api.url)
+    runs = api.all_runs(sweep_id)
+    result = CliRunner().invoke(app, ["compare", runs[0].id, runs[2].id, "--json"])
+    assert result.exit_code == 0, result.output
+    found = Versus.model_validate_json(result.output)
+    assert found.differences[0].difference == pytest.approx(sum(i % 3 for i in range(ITEMS)) / ITEMS)
+    assert isinstance(CliRunner().invoke(app, ["compare", runs[0].id, "run-none"]).exception, NotFoundError)
