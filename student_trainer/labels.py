@@ -148,6 +148,14 @@ def as_tensor(array: Array) -> torch.Tensor:
     return torch.from_numpy(array)
 
 
+def as_array(tensor: torch.Tensor) -> Array:
+    """The reverse of ``as_tensor``, from any device."""
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return np.asarray(tensor.numpy())
+
+
 def _sampled_targets(labels: Sequence[SampledLabels], device: torch.device) -> SampledTargets:
     lengths_N = np.concatenate([part.lengths_N for part in labels]).astype(np.int64)
     counts_M = np.concatenate([part.counts_M for part in labels]).astype(np.float32)

@@ -83,7 +83,7 @@ def distillation_loss(
     """
     matmul_dtype = matmul_dtype or hidden_ND.dtype
     if isinstance(targets, ProjectedTargets):
-        _require_projectable(head)
+        require_projectable(head)
     assert divergence == "cross_entropy" or isinstance(targets, ExactTargets | FullTargets | None)
     job = _Job(
         token_ids_N=token_ids_N,
@@ -108,8 +108,11 @@ def distillation_loss(
     return LossSums(total=total, hard=hard, soft=soft, tokens=len(token_ids_N))
 
 
-def _require_projectable(head: OutputHead) -> None:
-    """The labels are means of the head as it was when the teacher got it, and of logits that are linear in it."""
+def require_projectable(head: OutputHead) -> None:
+    """UnsupportedError for a head that projected labels do not describe.
+
+    They are means of the head as it was when the teacher got it, and stand for logits that are linear in it.
+    """
     if head.soft_cap:
         raise UnsupportedError(
             f"projected labels cannot be used with a student whose logits are capped at {head.soft_cap:g}",

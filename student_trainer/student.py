@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -16,9 +17,18 @@ from services.contract.errors import UnsupportedError
 from services.contract.settings import Settings
 from services.models.logit_shape import logit_scale, soft_cap
 from services.models.resolve import resolve_model
+from student_trainer.adapters import (
+    ADAPTER,
+    adapted_weight,
+    attach_adapters,
+    keep_trainable,
+    merged_model,
+    quantization,
+    save_adapter,
+)
 from student_trainer.output_head import OutputHead, output_logits
 
-PROBE_TOLERANCE = 1e-3
+PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 """How far recomputed logits may lie from the model's own, as a share of their largest magnitude."""
 
 
@@ -28,17 +38,31 @@ def load_tokenizer(spec: StudentSpec, settings: Settings) -> PreTrainedTokenizer
     return AutoTokenizer.from_pretrained(directory)
 
 
-def load_student(spec: StudentSpec, settings: Settings, *, vocab_size: int) -> PreTrainedModel:
-    """The student's model with float32 weights, ready to train.
+def load_student(
+    spec: StudentSpec,
+    settings: Settings,
+    *,
+    vocab_size: int,
+    frozen_dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> PreTrainedModel | PeftModel:
+    """The student's model, ready to train: all of its weights in float32, or adapters of its own ``seed`` on weights
+    that are frozen in ``frozen_dtype``.
 
-    UnsupportedError when its logits are not those of one output head that covers ``vocab_size`` tokens.
+    UnsupportedError when its logits are not those of one output head that covers ``vocab_size`` tokens. SpecError and
+    MissingExtraError for adapters that cannot be had.
     """
+    quantized = quantization(spec.lora, compute_dtype=frozen_dtype)
     directory = resolve_model(spec.model, revision=spec.revision, settings=settings)
     transformers_logging.disable_progress_bar()
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    dtype = torch.float32 if spec.lora is None else frozen_dtype
+    options = {} if quantized is None else {"quantization_config": quantized}
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **options)
     _make_generation_config_savable(model)
+    if quantized is not None:
+        keep_trainable(model)
     check_head(model, vocab_size=vocab_size)
-    return model
+    return model if spec.lora is None else attach_adapters(model, spec.lora, seed=seed)
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -55,20 +79,31 @@ def longest_sequence(spec: StudentSpec, settings: Settings) -> int | None:
 
 
 def save_student(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, *, dtype: torch.dtype
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    *,
+    dtype: torch.dtype,
+    base_model: str = "",
 ) -> None:
-    """Model, tokenizer and generation settings, as ``transformers`` and ``vllm serve`` load them."""
+    """Model, tokenizer and generation settings, as ``transformers`` and ``vllm serve`` load them.
+
+    Adapters are merged into the model, and also saved by themselves in ``adapter/``, to go onto ``base_model``.
+    """
+    if isinstance(model, PeftModel):
+        save_adapter(model, directory / ADAPTER, base_model=base_model)
+        model = merged_model(model)
     torch.nn.Module.to(model, dtype)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
 
-def output_head(model: PreTrainedModel) -> OutputHead:
-    """The model's own parameters, so that gradients reach them."""
+def output_head(model: PreTrainedModel | PeftModel) -> OutputHead:
+    """The model's own parameters, so that gradients reach them; of a head with an adapter, as it is at this step."""
     layer: Any = model.get_output_embeddings()
     config = model.config.get_text_config().to_dict()
     return OutputHead(
-        weight_RD=layer.weight,
+        weight_RD=adapted_weight(layer),
         bias_R=getattr(layer, "bias", None),
         logit_scale=logit_scale(config),
         soft_cap=soft_cap(config),
@@ -115,7 +150,7 @@ def check_head(model: PreTrainedModel, *, vocab_size: int) -> None:
         found_NV = output_logits(hidden_BTD.flatten(0, 1), head=output_head(model), vocab_size=vocab_size)
     model.train(was_training)
     error = (found_NV - expected_BTV.flatten(0, 1)).abs().max() / expected_BTV.abs().max().clamp_min(1e-6)
-    if not error <= PROBE_TOLERANCE:
+    if not error <= PROBE_TOLERANCE[layer.weight.dtype]:
         raise UnsupportedError(
             f"{name} does something to its logits that this release does not know: they differ by {error:.2%}",
             fix="Choose a student of another architecture, such as Llama, Qwen, Gemma, Mistral or GPT-NeoX.",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
 from services.contract.errors import CancelledError, TrainingError
@@ -20,7 +21,7 @@ from student_trainer.file_labels import FileLabels, teacher_in_files
 from student_trainer.labels import LabelPrefetcher
 from student_trainer.progress import Progress
 from student_trainer.run_directory import RunDirectory
-from student_trainer.student import load_student, load_tokenizer, save_student, vocabulary_size
+from student_trainer.student import load_student, load_tokenizer, output_head, save_student, vocabulary_size
 from student_trainer.teacher import Teacher, connect_teacher
 from student_trainer.trainer import DistillationTrainer, Objective
 from student_trainer.watcher import Watcher, stop_on_signals
@@ -80,7 +81,10 @@ def train(
         if trainer.is_world_process_zero():
             dtype = parts.objective.matmul_dtype
             directory.publish(
-                lambda path: save_student(parts.model, parts.tokenizer, path, dtype=dtype), before_rename=before_rename
+                lambda path: save_student(
+                    parts.model, parts.tokenizer, path, dtype=dtype, base_model=spec.student.model
+                ),
+                before_rename=before_rename,
             )
     return directory.model
 
@@ -88,7 +92,7 @@ def train(
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Parts:
     tokenizer: PreTrainedTokenizerBase
-    model: PreTrainedModel
+    model: PreTrainedModel | PeftModel
     examples: list[Example]
     objective: Objective
 
@@ -115,16 +119,21 @@ def _prepared(spec: RunSpec, settings: Settings, stopping: Callable[[], bool]) -
         )
         if teacher and isinstance(teacher.source, FileLabels):
             teacher.source.require(examples)
-        model = load_student(spec.student, settings, vocab_size=vocabulary_size(tokenizer))
+        vocab_size = vocabulary_size(tokenizer)
+        model = load_student(spec.student, settings, vocab_size=vocab_size, frozen_dtype=dtype, seed=spec.seed)
         labels = None
         if teacher:
+            if teacher.options.encoding == "projected":
+                teacher = teacher.projecting(output_head(model), vocab_size=vocab_size, dtype=dtype)
             teacher.verify(examples[0])
             labels = stack.enter_context(LabelPrefetcher(teacher.source, options=teacher.options, should_stop=stopping))
         objective = Objective(
-            vocab_size=vocabulary_size(tokenizer),
+            vocab_size=vocab_size,
             matmul_dtype=dtype,
             alpha=spec.alpha,
             temperature=spec.distillation.temperature,
+            divergence=spec.distillation.divergence,
+            beta=spec.distillation.beta or 0.5,
             labels=labels,
             teacher_head=teacher.head_on(training_device(), dtype=dtype) if teacher else None,
         )

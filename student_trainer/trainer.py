@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
+from services.contract.distillation_spec import Divergence
 from services.contract.errors import TrainingError
 from student_trainer.data import Example, collate
 from student_trainer.labels import LabelPrefetcher, soft_targets
@@ -36,6 +38,8 @@ class Objective:
     matmul_dtype: torch.dtype
     alpha: float = 0.0
     temperature: float = 1.0
+    divergence: Divergence = "cross_entropy"
+    beta: float = 0.5
     labels: LabelPrefetcher | None = None
     teacher_head: OutputHead | None = None
 
@@ -46,7 +50,7 @@ class DistillationTrainer(Trainer):
     def __init__(
         self,
         *,
-        model: PreTrainedModel,
+        model: PreTrainedModel | PeftModel,
         args: TrainingArguments,
         examples: Sequence[Example],
         objective: Objective,
@@ -60,7 +64,6 @@ class DistillationTrainer(Trainer):
         self._objective = objective
         self._examples = {example.index: example for example in examples}
         self._head_layer: torch.nn.Module = model.get_output_embeddings()
-        self._student_head = output_head(model)
         self._ahead: _LookAhead | None = None
         self._window = _Window(self.accelerator.device)
 
@@ -96,11 +99,13 @@ class DistillationTrainer(Trainer):
         sums = distillation_loss(
             hidden_BTD.flatten(0, 1).index_select(0, predictor_N),
             token_ids_N=inputs["input_ids"].flatten().index_select(0, predictor_N + 1),
-            head=self._student_head,
+            head=output_head(self.model),
             vocab_size=objective.vocab_size,
             targets=self._targets(inputs),
             alpha=objective.alpha,
             temperature=objective.temperature,
+            divergence=objective.divergence,
+            beta=objective.beta,
             matmul_dtype=objective.matmul_dtype,
         )
         if not math.isfinite(sums.total.item()):

@@ -14,20 +14,21 @@ def _as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
+Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
+
+
 class LoraSpec(Spec):
     """Low-rank adapters instead of full fine-tuning (LoRA, arXiv:2106.09685); the saved model has them merged in.
 
     ``alpha`` divided by ``rank`` scales what adapters add. ``target_modules``: the names, or ends of names, of the
     linear layers that get one; None means all but the output head. ``quantize`` nf4 holds the frozen weights in 4 bits
-    while training (QLoRA, arXiv:2305.14314), which needs a CUDA GPU and the extra ``qlora``.
+    while training (QLoRA, arXiv:2305.14314), which needs the extra ``qlora`` and, to be of use, a GPU.
     """
 
     rank: Annotated[int, Field(ge=1, le=4096)] = 16
-    alpha: Annotated[float, Field(gt=0)] = 32.0
+    alpha: Annotated[int, Field(ge=1)] = 32
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: Annotated[
-        tuple[Annotated[str, Field(min_length=1)], ...] | None, BeforeValidator(_as_tuple), Field(min_length=1)
-    ] = None
+    target_modules: Annotated[Names | None, BeforeValidator(_as_tuple)] = None
     quantize: Literal["nf4"] | None = None
 
 
