@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from services.contract.errors import (
 from services.contract.sequences import DecodeOptions, Encoding, LabelOptions, Prompt, TokenSequence
 from services.contract.soft_labels import MAX_MESSAGE_BYTES, WIRE_ENCODINGS, Array
 from services.contract.teacher.v1 import teacher_service_pb2 as pb
+from services.models.directory import same_directory
 from teacher_server.engine import MAX_DRAWS, MAX_K, TeacherCard
 from teacher_server.sizes import label_bytes
 from teacher_server.student_heads import StudentHeads
@@ -35,7 +35,7 @@ def check_model(model: str, fingerprint: str, card: TeacherCard) -> None:
 
     A fingerprint says more than a name: the same weights have several where directories are mounted.
     """
-    if model and fingerprint != card.fingerprint and model != card.model and not _same_directory(model, card.model):
+    if model and fingerprint != card.fingerprint and model != card.model and not same_directory(model, card.model):
         raise HandshakeError(
             f"this teacher serves {card.model}, not {model}",
             fix=f"Start the teacher with --model {model}, or name {card.model} as teacher.model.",
@@ -236,7 +236,3 @@ def _check_positions(positions: Array, *, length: int, sequence_id: str) -> None
         raise InvalidInputError(
             f"the label positions of sequence {sequence_id!r} do not ascend", fix="Send each once, in order."
         )
-
-
-def _same_directory(one: str, other: str) -> bool:
-    return Path(one).is_dir() and Path(other).is_dir() and Path(one).samefile(other)

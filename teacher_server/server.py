@@ -26,6 +26,7 @@ from teacher_server.models import Models
 from teacher_server.options import TeacherOptions
 from teacher_server.security import TokenInterceptor, require_safe_binding, server_credentials, teacher_token
 from teacher_server.servicer import TeacherServicer
+from teacher_server.undecodable import UndecodableInterceptor
 
 __all__ = ["TeacherOptions", "run_server", "serve"]
 
@@ -78,7 +79,8 @@ async def run_server(
     servicer = TeacherServicer(models, admission=admission, cache=cache, metrics=metrics)
     health_servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]
     guards = [TokenInterceptor(token)] if token else []
-    server = grpc.aio.server(options=_SERVER_OPTIONS, interceptors=[observer, *guards])
+    interceptors = [observer, *guards, UndecodableInterceptor()]
+    server = grpc.aio.server(options=_SERVER_OPTIONS, interceptors=interceptors)
     servicer.add_to(server)
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)

@@ -4,6 +4,7 @@ Checked from files alone, so that what cannot be served is refused before anythi
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 from services.contract.errors import HandshakeError, InvalidInputError, ModelNotFoundError, UnsupportedError
 from services.contract.settings import Settings
-from services.models.directory import check_model_directory, is_path
+from services.models.directory import check_model_directory, is_path, same_directory
 from services.models.resolve import resolve_model
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -48,7 +49,7 @@ class Weights:
 
     def is_called(self, name: str) -> bool:
         """Whether ``name`` is theirs, or another path to their directory."""
-        return name == self.name or _same_directory(Path(name).expanduser(), self.adapter or self.directory)
+        return name == self.name or same_directory(name, self.adapter or self.directory)
 
 
 def find_weights(name: str, *, base: str | None, revision: str | None, settings: Settings) -> Weights:
@@ -79,10 +80,11 @@ def find_replacement(name: str, *, start: Weights, roots: Sequence[Path], settin
     adapter of the same base. ModelNotFoundError, UnsupportedError or HandshakeError says why not.
     """
     # A name that is relative lies below the first root, whatever directory the server was started in.
-    directory = roots[0] / Path(name).expanduser()
+    directory = roots[0] / os.path.expanduser(name)
     if not name or start.is_called(name) or start.is_called(str(directory)):
         return weights_at(start.name, directory=start.directory, adapter=start.adapter, revision=start.revision)
-    if not directory.is_dir():
+    # Unlike Path.is_dir it takes any name, also one that no file system does.
+    if not os.path.isdir(directory):
         where = "a directory" if is_path(name) else "the model it was started with or a directory"
         raise ModelNotFoundError(
             f"the teacher can only load {where}, and sees no directory {name}",
@@ -197,19 +199,15 @@ def _shape(shape: Sequence[int] | None) -> str:
 
 def _resolves_to(name: str, directory: Path, settings: Settings) -> bool:
     if Path(name).expanduser().is_dir():
-        return _same_directory(Path(name).expanduser(), directory)
+        return same_directory(name, directory)
     if is_path(name):
         return False
     try:
         # A hub id that is already on this machine; a question about an adapter downloads nothing.
         offline = settings.model_copy(update={"offline": True})
-        return _same_directory(Path(resolve_model(name, settings=offline)), directory)
+        return same_directory(resolve_model(name, settings=offline), directory)
     except ModelNotFoundError:
         return False
-
-
-def _same_directory(one: Path, other: Path) -> bool:
-    return one.is_dir() and other.is_dir() and one.samefile(other)
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What a model's directory must hold. Light: it needs neither torch nor a hub library."""
 
+import os
 from pathlib import Path
 
 from services.contract.errors import ModelNotFoundError
@@ -10,6 +11,12 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 def is_path(name: str) -> bool:
     """Whether a model's name can only mean a directory, for a hub id has the form owner/name."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def same_directory(one: str | Path, other: str | Path) -> bool:
+    """Whether both lead to one directory; names that no file system takes lead nowhere."""
+    first, second = (os.path.expanduser(path) for path in (one, other))
+    return os.path.isdir(first) and os.path.isdir(second) and os.path.samefile(first, second)
 
 
 def check_model_directory(directory: Path, *, revision: str | None) -> Path:
