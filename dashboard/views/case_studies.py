@@ -8,6 +8,7 @@ from dashboard.live import live, problems_shown
 from dashboard.render.spans import legend_html
 from dashboard.render.words import state_counts
 from dashboard.session import choose_sweep, client
+from services.contract.metric_words import DETECTORS, metric_title
 from services.contract.records import CaseStudy, SweepRecord
 from services.contract.states import ENDED
 from services.reports.case_cards import article_html, difference_html, outputs_html, study_title
@@ -142,12 +143,36 @@ def choose_study(sweep_id: str, studies: Sequence[CaseStudy]) -> CaseStudy:
 
 
 def draw_study(study: CaseStudy, settings: dict[str, str]) -> None:
+    study = _marked_by_one(study)
     spans = [span for output in study.outputs for span in output.spans]
     st.html(f'<div class="sk-strip">{difference_html(study)}{legend_html(spans)}</div>')
     article, outputs = st.columns([1, 2], gap="medium")
     article.html(article_html(study))
     colours = method_colours(st.session_state["studies-methods"])
     outputs.html(outputs_html(study.outputs, settings=settings, colours=colours))
+
+
+def _marked_by_one(study: CaseStudy) -> CaseStudy:
+    """The study with the spans of the detector that is chosen, or of all of them; a choice where there are several."""
+    found = {span.detector for output in study.outputs for span in output.spans}
+    detectors = [*(name for name in DETECTORS if name in found), *sorted(found - set(DETECTORS))]
+    if len(detectors) < 2:
+        return study
+    chosen = st.segmented_control(
+        "Marked by",
+        ["all", *detectors],
+        default=detectors[0],
+        format_func=lambda name: metric_title(DETECTORS.get(str(name), str(name))),
+        key=f"marked-by-{'-'.join(detectors)}",
+        help="Which detector's spans are shown. Hover over a mark to see what it says.",
+    )
+    if chosen in (None, "all"):
+        return study
+    outputs = [
+        output.model_copy(update={"spans": [span for span in output.spans if span.detector == chosen]})
+        for output in study.outputs
+    ]
+    return study.model_copy(update={"outputs": outputs})
 
 
 def _key(study: CaseStudy) -> Key:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from services.contract.evaluation_spec import MULTIPLE_CHOICE
+from services.contract.metric_words import DETECTORS
 from services.contract.records import (
     CaseOutput,
     CaseStudy,
@@ -132,11 +133,14 @@ def case_studies(
 
 
 def unsupported_share(generation: Generation) -> float:
-    """Share of the output's words, split at white space, that a span touches, 0 to 1; 0 for an empty output."""
+    """Share of the output's words, split at white space, that a span touches, 0 to 1; 0 for an empty output.
+
+    Where several detectors judged the output, the first of DETECTORS counts: together they would mark too much.
+    """
+    judged = next((name for name, metric in DETECTORS.items() if metric in generation.scores), None)
+    spans = [span for span in generation.spans if judged in (None, span.detector) or span.detector not in DETECTORS]
     words = list(re.finditer(r"\S+", generation.output))
-    touched = sum(
-        any(span.start < word.end() and word.start() < span.end for span in generation.spans) for word in words
-    )
+    touched = sum(any(span.start < word.end() and word.start() < span.end for span in spans) for word in words)
     return touched / len(words) if words else 0.0
 
 

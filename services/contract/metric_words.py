@@ -14,6 +14,8 @@ TITLES = {
     "self_consistency": "Self-consistency",
     "acc": "Accuracy",
     "acc_norm": "Accuracy (norm.)",
+    "wrong_nll": "NLL of wrong answers",
+    "ece": "Calibration error",
     "exact_match": "Exact match",
     "f1": "F1",
     "unsupported_words": "Unsupported words",
@@ -32,10 +34,21 @@ MEANINGS = {
     "self_consistency": "How far further samples of the same model agree with the output, 0-100.",
     "acc": "Share of questions answered rightly, by likelihood, 0-100.",
     "acc_norm": "Share of questions answered rightly, by length-normalised likelihood, 0-100.",
+    "wrong_nll": "Negative log-likelihood of wrong answers, in nats; higher is less sure of what is false.",
+    "ece": "Expected calibration error over 15 bins: how far confidence lies from accuracy, 0-100; lower is better.",
     "exact_match": "Share of questions whose answer is the reference's words, 0-100.",
     "f1": "Overlap of the answer's words with the reference's, 0-100.",
     "unsupported_words": "Share of the output's words that a marked span touches, 0-100; lower is better.",
 }
+DETECTORS = {
+    "consistency": "consistency",
+    "support": "support",
+    "lookback": "factual_rate",
+    "hhem": "factual_consistency",
+    "nli": "entailment",
+    "self_consistency": "self_consistency",
+}
+"""Whose spans mark an output, and each one's metric; those come first that agree with people on single words."""
 FAITHFULNESS = ("support", "consistency", "factual_rate", "factual_consistency", "entailment", "self_consistency")
 """Metrics that say how little is made up; higher is better."""
 ACCURACY = ("acc_norm", "acc")

@@ -24,8 +24,8 @@ SUBJECT = "evaluated.json"
 def evaluate_to_directory(model: str, spec: EvaluationSpec, out: Path, settings: Settings) -> list[Score]:
     """The scores of a model, also in ``out`` beside the generations, one JSON object a line.
 
-    A directory that an interrupted evaluation of the same model left is carried on; ConflictError when it is another
-    model's, or its outputs had another length.
+    A directory that an interrupted evaluation of the same model left is carried on, also with further metrics;
+    ConflictError when it is another model's, its outputs had another length, or others judged them.
     """
     if not spec.benchmarks:
         raise InvalidInputError("no benchmark was named", fix="Name at least one, for example demo_news.")
@@ -66,8 +66,19 @@ def _claim(out: Path, *, directory: Path, spec: EvaluationSpec) -> None:
         "weights": {file.name: [(stat := file.stat()).st_size, stat.st_mtime_ns] for file in weights},
         "max_new_tokens": spec.max_new_tokens,
     }
+    judged_by = _judged_by(spec)
     claimed = out / SUBJECT
-    if claimed.exists() and (before := json.loads(claimed.read_text(encoding="utf-8"))) != subject:
+    before = json.loads(claimed.read_text(encoding="utf-8")) if claimed.exists() else None
+    if before is not None:
+        earlier = before.pop("judged_by", {})
+        for metric in sorted(earlier.keys() & judged_by.keys()):
+            if earlier[metric] != judged_by[metric]:
+                raise ConflictError(
+                    f"{out} holds a {metric} by {earlier[metric]}, not by {judged_by[metric]}",
+                    fix="Choose another directory, or ask for the same judge.",
+                )
+        judged_by = {**earlier, **judged_by}
+    if before is not None and before != subject:
         raise ConflictError(
             f"{out} holds an evaluation of {before['model']} with up to {before['max_new_tokens']} tokens an output, "
             "or of other weights there",
@@ -77,7 +88,20 @@ def _claim(out: Path, *, directory: Path, spec: EvaluationSpec) -> None:
         raise ConflictError(
             f"{out / GENERATIONS} exists, and nothing says which model wrote it", fix="Choose another directory."
         )
-    _replace(claimed, [json.dumps(subject, indent=2)])
+    _replace(claimed, [json.dumps({**subject, "judged_by": judged_by}, indent=2)])
+
+
+def _judged_by(spec: EvaluationSpec) -> dict[str, str]:
+    """What else the metrics of an evaluation depend on, in words."""
+    judges = spec.judges
+    everyone = {
+        "factual_rate": f"the lens {judges.lens or 'that fits'}",
+        "factual_consistency": judges.hhem,
+        "entailment": str(judges.nli),
+        "bertscore": judges.encoder,
+        "self_consistency": f"{spec.samples} samples",
+    }
+    return {metric: judge for metric, judge in everyone.items() if metric in spec.metrics}
 
 
 def _read_generations(file: Path) -> list[Generation]:

@@ -161,6 +161,17 @@ def test_compared_runs_are_the_first_evaluated_of_each_method() -> None:
     ]
 
 
+def test_unsupported_share_is_that_of_one_detector() -> None:
+    judged = answer("a", "Ten ferries sank in Ostrel", "Ten", "ferries", "Ostrel")
+    names = ("lookback", "consistency", "support")
+    spans = [span.model_copy(update={"detector": name}) for span, name in zip(judged.spans, names, strict=True)]
+    spans.append(spans[2].model_copy(update={"start": 0, "end": 11}))
+    both = judged.model_copy(update={"spans": spans, "scores": {"support": 50.0, "consistency": 10.0}})
+    assert unsupported_share(both) == pytest.approx(1 / 5)
+    assert unsupported_share(both.model_copy(update={"scores": {"support": 50.0}})) == pytest.approx(3 / 5)
+    assert unsupported_share(both.model_copy(update={"scores": {}})) == pytest.approx(3 / 5)
+
+
 def test_unsupported_share_counts_touched_words() -> None:
     assert unsupported_share(answer("a", "The mayor of Ostrel left in 1998", "Ostrel", "1998")) == pytest.approx(2 / 7)
     assert unsupported_share(answer("a", "Ten ferries sank", "n ferr")) == pytest.approx(2 / 3)

@@ -1,5 +1,6 @@
 """The Case studies page: outputs side by side, moving between items, filters, escaping."""
 
+from services.contract.records import Span
 from services.contract.states import State
 from tests.dashboard.pages import FINISHED, RUNNING, button, html
 from tests.dashboard.seed_studies import make_studies
@@ -14,6 +15,26 @@ def test_side_by_side_with_marks(api, visit):
     assert text.count('role="tooltip"') == sum(len(output.spans) for output in first.outputs)
     assert "sk-kind-number" in text
     assert "lr 1e-05 · bs 4 · seed 0" in text
+
+
+def test_the_detector_whose_spans_are_shown_is_chosen(api, visit):
+    first = api.world.studies[FINISHED][0]
+    more = [
+        Span(start=0, end=4, detector=name, kind="passage", score=0.6, explanation=f"says {name}")
+        for name in ("lookback", "consistency")
+    ]
+    outputs = [output.model_copy(update={"spans": more}) for output in first.outputs]
+    api.world.studies[FINISHED][0] = first.model_copy(update={"outputs": outputs})
+    app = visit("case_studies", sweep=FINISHED)
+    choice = app.segmented_control[0]
+    assert choice.options == ["all", "Consistency", "Factual rate"]
+    assert "says consistency" in html(app)
+    assert "says lookback" not in html(app)
+    choice.set_value("lookback").run()
+    assert "says lookback" in html(app)
+    assert "says consistency" not in html(app)
+    app.segmented_control[0].set_value("all").run()
+    assert html(app).count("says lookback") == html(app).count("says consistency") == 3
 
 
 def test_next_and_previous_move_through_all_and_the_address_follows(api, visit):

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import sacrebleu
 
 from services.contract.errors import CancelledError, ConflictError, EvaluationError, InvalidInputError
-from services.contract.evaluation_spec import EvaluationSpec
+from services.contract.evaluation_spec import EvaluationSpec, JudgeSpec
 from services.contract.records import Generation, Score
 from services.contract.settings import Settings
 from services.evaluation import answering
@@ -190,9 +191,51 @@ def test_a_directory_of_another_model_is_refused(tiny_model: Path, settings: Set
     longer = _spec("demo_news", limit=1).model_copy(update={"max_new_tokens": 7})
     with pytest.raises(ConflictError, match="with up to 6 tokens"):
         evaluate_to_directory(str(model), longer, out, settings)
+    judged = longer.model_copy(update={"max_new_tokens": 6, "judges": JudgeSpec(lens="another")})
+    with pytest.raises(ConflictError, match="factual_rate by the lens that fits, not by the lens another"):
+        evaluate_to_directory(str(model), judged, out, settings)
     make_tiny_model(model, seed=2)
     with pytest.raises(ConflictError, match="or of other weights there"):
         evaluate_to_directory(str(model), _spec("demo_news", limit=1), out, settings)
+
+
+def test_a_directory_takes_further_metrics_and_generates_nothing_again(
+    tiny_model: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    first = evaluate_to_directory(str(tiny_model), _spec("demo_news", limit=3), out, settings)
+    monkeypatch.setattr(answering, "_generate", lambda *_, **__: pytest.fail("an output was generated again"))
+    more = _spec("demo_news", limit=3).model_copy(update={"metrics": ("rouge_l", "chrf")})
+    scores = evaluate_to_directory(str(tiny_model), more, out, settings)
+    lines = (out / "generations.jsonl").read_text(encoding="utf-8").splitlines()
+    generations = [Generation.model_validate_json(line) for line in lines]
+    plain = [sacrebleu.sentence_chrf(one.output, [one.reference]).score for one in generations]
+    assert scores[0] == first[0]
+    assert scores[1].value == pytest.approx(sum(plain) / 3)
+    assert all("support" in one.scores for one in generations)
+
+
+def test_questions_are_answered_and_marked(
+    tiny_model: Path, settings: Settings, shared_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmark = {"name": "hotpotqa", "path": str(shared_data / "hotpot_qa" / "distractor.jsonl")}
+    spec = EvaluationSpec.model_validate({"benchmarks": [benchmark], "limit": 4, "max_new_tokens": 6, "batch_size": 4})
+    # The first is answered rightly, the second in part, the others not at all.
+    outputs = ["Gesellschaft mit beschränkter Haftung.", "The VIVA\nas it says", "", "zebra"]
+
+    def generate(prompts: list[list[int]], **_: object) -> list[str]:
+        return list(range(len(prompts)))
+
+    monkeypatch.setattr(answering, "_generate", generate)
+    monkeypatch.setattr(answering, "_decode", lambda row, **_: outputs[row])
+    generations: list[Generation] = []
+    scores = evaluate(str(tiny_model), spec=spec, settings=settings, on_generations=generations.extend)
+    assert [(score.metric, score.items) for score in scores] == [("exact_match", 4), ("f1", 4)]
+    for generation in generations:
+        right = generation.output.rstrip(".").lower() == generation.reference.lower()
+        assert generation.scores["exact_match"] == 100 * right
+        assert generation.spans == []
+    assert scores[0].value == pytest.approx(sum(one.scores["exact_match"] for one in generations) / 4)
 
 
 def test_no_benchmark_is_an_error(tiny_model: Path, settings: Settings, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from services.contract.records import Generation, Score
 from services.contract.settings import Settings
 from services.contract.spec_reading import parse_evaluation
 from services.evaluation import metrics as metrics_module
-from services.evaluation.consistency.detector import detect_consistency
+from services.evaluation.consistency.detector import detect_consistency, load_detector
 from services.evaluation.evaluate import evaluate
 from services.evaluation.lookback.detect import detect_generated
 from services.evaluation.lookback.examples import encode_document
@@ -21,6 +21,7 @@ from services.evaluation.lookback.fingerprint import fingerprint_model
 from services.evaluation.lookback.lens import Lens
 from services.evaluation.lookback.measure import generate_measured
 from services.evaluation.model import load_model
+from services.evaluation.self_consistency import compare
 from services.models.tiny import make_tiny_model
 
 ARTICLES = [
@@ -136,6 +137,22 @@ def test_self_consistency_compares_with_samples_that_stay_the_same(
     ]
     assert drawn[0][0]["self_consistency"].value == pytest.approx(drawn[1][0]["self_consistency"].value, abs=0.01)
     assert 0 <= drawn[0][0]["self_consistency"].value <= 100
+
+
+def test_self_consistency_is_the_mean_over_sentences_and_samples(settings: Settings) -> None:
+    detector = load_detector(settings)
+    output = "The harbour of Ostrel has 14 ferries. A casino was opened by Paolo Ricci."
+    samples = [ARTICLES[0], "Fourteen ferries were repaired in the harbour of Ostrel.", ""]
+    verdict = compare(output, samples, detector=detector)
+    sentences = [output[:37], output[38:]]
+    supported = [
+        np.mean([1 - detector.detect([(sample, sentence)])[0].score for sample in samples]) for sentence in sentences
+    ]
+    assert verdict.score == pytest.approx(100 * np.mean(supported), abs=0.5)
+    assert supported[0] > supported[1]
+    marked = [output[span.start : span.end] for span in verdict.spans]
+    assert marked == [text for text, share in zip(sentences, supported, strict=True) if share < 0.5]
+    assert compare("...", samples, detector=detector).score is None
 
 
 @pytest.mark.parametrize(
