@@ -38,11 +38,10 @@ class Platform:
         self.model = model
         self.process: subprocess.Popen | None = None
 
-    def start(self) -> None:
+    def start(self, *options: str) -> None:
+        command = [*SMOOTHKD, "up", "--model", str(self.model), *options]
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [*SMOOTHKD, "up", "--model", str(self.model)], env=self.environment, stdout=log, stderr=log
-            )
+            self.process = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log)
         self.wait_until(lambda: "Ctrl-C ends everything" in self.log.read_text(), "is up", seconds=120)
 
     def smoothkd(self, *arguments: str) -> subprocess.CompletedProcess:

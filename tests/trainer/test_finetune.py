@@ -1,5 +1,6 @@
 """The teacher fine-tuned first: what it becomes, that it is made once, and that students learn from it."""
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from services.contract.errors import CancelledError, SpecError, TeacherError
 from services.contract.sequences import LabelOptions, TokenSequence
 from services.contract.settings import Settings
 from services.contract.spec import RunSpec
+from student_trainer.decode import decode_responses
 from student_trainer.finetune import finetune_teacher
 from student_trainer.student import load_tokenizer
 from student_trainer.teacher import open_client
@@ -106,6 +108,26 @@ def test_labels_are_those_of_the_fine_tuned_weights(make_kd: Callable[..., RunSp
         found = torch.from_numpy(client.fetch_lm_head().logits(scored.labels.hidden_ND))
     expected = logits[:, : found.shape[1]].log_softmax(-1)
     torch.testing.assert_close(found.log_softmax(-1), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_decodes_are_those_of_the_fine_tuned_weights(
+    make_kd: Callable[..., RunSpec], served: Settings, records_file: Path
+) -> None:
+    """Fine-tuned until it answers all prompts alike, and ends its answers, which its random start never does."""
+    answer = "14 ferries had been repaired."
+    records = [json.loads(line) | {"response": answer} for line in records_file.read_text().splitlines()]
+    data = served.data_dir.parent / "one-answer.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    spec = make_kd(
+        FULL | {"epochs": 20},
+        dataset={"path": str(data)},
+        distillation={"level": "word+sequence"},
+        training={"max_length": 256, "epochs": 1},
+    )
+    finetune_teacher(spec, settings=served)
+    decoded = decode_responses(spec, tokenizer=load_tokenizer(spec.student, served), settings=served)
+    responses = [json.loads(line)["response"] for line in decoded.read_text().splitlines()]
+    assert responses == [answer] * len(records)
 
 
 def test_it_is_made_once_and_others_wait(
