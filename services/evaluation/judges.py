@@ -4,7 +4,7 @@ A detector that learns from labels judges each document by what it learnt withou
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from services.evaluation.lookback.fit import TrainingItem, fit_lens
 from services.evaluation.lookback.labels import LabelledSummary
 from services.evaluation.lookback.lens import Lens, load_lens, score_windows, summary_score, token_scores
 from services.evaluation.support import check_support
+from services.evaluation.verdict import Verdict
 from services.evaluation.words import STOP_WORDS
 
 FOLDS = 5
@@ -52,6 +53,21 @@ def judge_support(examples: Sequence[Example]) -> list[Judgement]:
         ranges = [(span.start, span.end, span.score) for span in support.spans]
         judgements.append(Judgement(key=example.key, score=score, ranges=ranges))
     return judgements
+
+
+def judge_by(
+    examples: Sequence[Example], judge: Callable[[Sequence[tuple[str, str]]], list[Verdict]]
+) -> list[Judgement]:
+    """By a model that nobody here has trained: HHEM or an NLI cross-encoder."""
+    verdicts = judge([(example.document, example.output) for example in examples])
+    return [
+        Judgement(
+            key=example.key,
+            score=None if verdict.score is None else 1 - verdict.score / 100,
+            ranges=[(span.start, span.end, span.score) for span in verdict.spans],
+        )
+        for example, verdict in zip(examples, verdicts, strict=True)
+    ]
 
 
 def judge_held_out(examples: Sequence[Example], *, folder: Path) -> list[Judgement]:

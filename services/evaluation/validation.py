@@ -23,7 +23,9 @@ from sklearn.metrics import roc_auc_score
 from services.contract.settings import Settings
 from services.evaluation.consistency.held_out import Judgement
 from services.evaluation.consistency.labelled import Example, read_labelled
-from services.evaluation.judges import judge_held_out, judge_lookback, judge_novel_words, judge_support
+from services.evaluation.hhem import load_hhem
+from services.evaluation.judges import judge_by, judge_held_out, judge_lookback, judge_novel_words, judge_support
+from services.evaluation.nli import load_nli
 
 RESAMPLES = 1000
 SEED = 0
@@ -55,6 +57,8 @@ def main(
         Lookback, typer.Option(help="What the lookback lens judges; its model reads every document, seconds for each.")
     ] = Lookback.ALL,
     cache: Annotated[Path | None, typer.Option(help="Folder that keeps what the lens measured.")] = None,
+    hhem: Annotated[str | None, typer.Option(help="HHEM's directory or hub id, to judge as well.")] = None,
+    nli: Annotated[str | None, typer.Option(help="An NLI cross-encoder, to judge as well.")] = None,
     out: Annotated[Path, typer.Option(help="Markdown file to write.")] = Path("docs/detectors.md"),
 ) -> None:
     """Validate the hallucination detectors against human labels."""
@@ -69,6 +73,12 @@ def main(
             settings=Settings(),
             cache=cache,
         )
+    if hhem is not None:
+        judge = load_hhem(hhem, settings=Settings()).judge
+        detectors["hhem"] = lambda examples: judge_by(examples, judge)
+    if nli is not None:
+        cross_encoder = load_nli(nli, settings=Settings()).judge
+        detectors[f"nli {nli}"] = lambda examples: judge_by(examples, cross_encoder)
     command = "python -m services.evaluation.validation " + shlex.join(sys.argv[1:])
     table = render_table(validate(read_labelled(data), detectors), command=command)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -215,7 +225,8 @@ AUROC against human labels, with 95 % bootstrap intervals over documents; 0.5 is
 column is Spearman's correlation of the score with the experts' inconsistency. The trained detectors, consistency and
 lookback, judge each document by what they learnt without it and without any document that shares its text; neither
 learns from SummEval. The consistency scores are those that
-`python -m services.evaluation.consistency.train` leaves beside its weights."""
+`python -m services.evaluation.consistency.train` leaves beside its weights. HHEM and NLI cross-encoders come from the
+model hub; `--hhem NAME` and `--nli NAME` add a row for each."""
 
 
 if __name__ == "__main__":

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from services.contract.records import Span
 from services.evaluation import validation
 from services.evaluation.consistency.held_out import Judgement
 from services.evaluation.consistency.labelled import Example, read_labelled
-from services.evaluation.judges import judge_novel_words, judge_support
+from services.evaluation.judges import judge_by, judge_novel_words, judge_support
 from services.evaluation.validation import MEASURES, render_table, validate
+from services.evaluation.verdict import Verdict
 
 SUMMARY = "the red fox ran"
 UNITS = [(0, 3), (4, 7), (8, 11), (12, 15)]
@@ -89,3 +91,20 @@ def test_the_baseline_reaches_what_is_known_of_it(shared_data: Path, monkeypatch
         assert measured.value is not None
         assert measured.low < measured.value < measured.high
         assert measured.high - measured.low < 0.2
+
+
+def test_a_judge_of_sentences_is_measured_by_its_scores_and_spans() -> None:
+    span = Span(start=8, end=15, detector="nli", kind="sentence", score=0.75, explanation="not entailed")
+    verdicts = [Verdict(score=30.0, spans=[span]), Verdict(score=None)]
+    pairs = []
+
+    def judge(asked: list[tuple[str, str]]) -> list[Verdict]:
+        pairs.extend(asked)
+        return verdicts
+
+    judged = judge_by([example(0, wrong=[3]), example(1, wrong=[])], judge)
+    assert pairs == [("a red fox", SUMMARY)] * 2
+    assert judged == [
+        Judgement(key="0", score=0.7, ranges=[(8, 15, 0.75)]),
+        Judgement(key="1", score=None, ranges=[]),
+    ]
