@@ -61,6 +61,7 @@ class DistillationTrainer(Trainer):
         super().__init__(model=model, args=args, train_dataset=examples, data_collator=collate, callbacks=callbacks)
         # The library counts num_items_in_batch for models that take it, and then trusts the loss to be scaled.
         self.model_accepts_loss_kwargs = True
+        self._student = model
         self._objective = objective
         self._examples = {example.index: example for example in examples}
         self._head_layer: torch.nn.Module = model.get_output_embeddings()
@@ -99,7 +100,7 @@ class DistillationTrainer(Trainer):
         sums = distillation_loss(
             hidden_BTD.flatten(0, 1).index_select(0, predictor_N),
             token_ids_N=inputs["input_ids"].flatten().index_select(0, predictor_N + 1),
-            head=output_head(self.model),
+            head=output_head(self._student),
             vocab_size=objective.vocab_size,
             targets=self._targets(inputs),
             alpha=objective.alpha,

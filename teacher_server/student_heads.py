@@ -64,6 +64,12 @@ class StudentHeads(Generic[PlacedT]):
         """The student's hidden size; StudentHeadMissingError as for ``get``."""
         return self._entry(fingerprint)[1]
 
+    def width_if_here(self, fingerprint: str) -> int:
+        """The student's hidden size, 0 for a head that is not here."""
+        with self._lock:
+            entry = self._heads.get(fingerprint)
+            return 0 if entry is None else entry[1]
+
     def put(self, fingerprint: str, head: LmHead) -> None:
         """Keep a head that has come whole."""
         size = head.weight_VD.nbytes

@@ -14,7 +14,8 @@ TEACHER = wire.GetTeacherResponse(
     model="big-teacher",
     max_length=1024,
     max_k=100,
-    encodings=[wire.ENCODING_EXACT, wire.ENCODING_TOP_K],
+    max_draws=50,
+    encodings=[wire.ENCODING_EXACT, wire.ENCODING_TOP_K, wire.ENCODING_SAMPLED],
     engine="mock",
     generates=True,
 )

@@ -150,6 +150,7 @@ def test_another_teacher_is_named() -> None:
     [
         ({"distillation": {"labels": {"encoding": "full"}}}, UnsupportedError, "exact, top_k"),
         ({"distillation": {"labels": {"encoding": "top_k", "k": 101}}}, LimitExceededError, "k: 100"),
+        ({"distillation": {"labels": {"encoding": "sampled", "draws": 51}}}, LimitExceededError, "draws: 50"),
         ({"training": {"max_length": 1025}}, LimitExceededError, "max_length: 1024"),
     ],
 )

@@ -91,6 +91,15 @@ def test_every_field_of_a_run_changes_its_key():
     assert len(keys | {run.key}) == len(changes) + 1
 
 
+def test_projected_labels_go_with_students_that_train_adapters():
+    labels = {"labels": {"encoding": "projected"}}
+    sweep = {**SWEEP, "student": {"model": "org/student", "lora": {"rank": 8}}, "distillation": labels}
+    assert expand(parse_sweep(sweep))[-1].distillation.labels.encoding == "projected"
+    run = expand(parse_sweep(sweep))[-1].model_dump(mode="json")
+    with pytest.raises(SpecError, match="output head is frozen"):
+        parse_run({**run, "student": {"model": "org/student"}})
+
+
 def test_sft_baseline_is_the_same_run_in_sweeps_with_different_teachers():
     first = parse_sweep(SWEEP)
     second = parse_sweep({**SWEEP, "teacher": {"model": "org/larger"}, "distillation": {"temperature": 3.0}})
@@ -151,6 +160,27 @@ def change(path: str, value: object) -> dict:
         ("distillation", {"labels": {"encoding": "top_k"}}, ["distillation.labels", "needs k"]),
         ("distillation", {"labels": {"encoding": "exact", "k": 5}}, ["distillation.labels", "remove k"]),
         ("distillation", {"labels": {"encoding": "json"}}, ["distillation.labels.encoding", "'json'", "'exact'"]),
+        ("distillation", {"labels": {"encoding": "sampled"}}, ["distillation.labels", "needs draws", "draws: 50"]),
+        ("distillation", {"labels": {"encoding": "sampled", "draws": 1025}}, ["distillation.labels.draws", "1024"]),
+        ("distillation", {"labels": {"encoding": "sampled", "draws": 50, "seed": 3}}, []),
+        ("distillation", {"labels": {"encoding": "exact", "draws": 5}}, ["distillation.labels", "remove draws"]),
+        ("distillation", {"labels": {"encoding": "exact", "seed": 5}}, ["labels.seed only goes with encoding sampled"]),
+        ("distillation", {"labels": {"encoding": "projected"}}, ["output head is frozen", "student.lora", "exact"]),
+        ("distillation", {"divergence": "jsd", "beta": 0.1}, []),
+        ("distillation", {"divergence": "kl"}, ["distillation.divergence", "'kl'", "'forward_kl'"]),
+        ("distillation", {"divergence": "jsd", "beta": 1}, ["distillation.beta", "less than 1"]),
+        ("distillation", {"beta": 0.5}, ["beta only goes with divergence jsd"]),
+        (
+            "distillation",
+            {"divergence": "reverse_kl", "labels": {"encoding": "top_k", "k": 4}},
+            ["reverse_kl needs the whole distribution", "exact"],
+        ),
+        ("student.lora", {}, []),
+        ("student.lora", {"target_modules": "q_proj"}, []),
+        ("student.lora", {"target_modules": []}, ["student.lora.target_modules", "at least 1"]),
+        ("student.lora", {"rank": 0}, ["student.lora.rank", "0"]),
+        ("student.lora", {"dropout": 1}, ["student.lora.dropout", "less than 1"]),
+        ("student.lora", {"quantize": "int3"}, ["student.lora.quantize", "'int3'", "'nf4'"]),
         ("distillation", {"temperature": 0}, ["distillation.temperature", "0", "greater than 0"]),
         ("training.micro_batch_size", 4, []),
         ("training.micro_batch_size", 3, ["micro_batch_size 3", "batch_size 4", "divisor"]),

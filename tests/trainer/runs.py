@@ -33,8 +33,14 @@ def assert_close_weights(left: Path, right: Path, *, start: Path, share: float) 
     assert apart <= share * way, f"{apart} of {way}"
 
 
-def mean_divergence(teacher_model: Path, student: Path, records_file: Path) -> float:
-    """Mean KL(teacher || student) over response tokens, from transformers' own logits in float64."""
+def kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    return log_p.exp() * (log_p - log_q)
+
+
+def mean_divergence(teacher_model: Path, student: Path, records_file: Path, *, divergence: Callable = kl) -> float:
+    """Mean KL(teacher || student), or other ``divergence`` per token of the vocabulary, over response tokens, from
+    transformers' own logits in float64.
+    """
     from services.contract.spec import DatasetSpec
 
     tokenizer = AutoTokenizer.from_pretrained(student)
@@ -47,7 +53,7 @@ def mean_divergence(teacher_model: Path, student: Path, records_file: Path) -> f
             logits = model(**inputs).logits.flatten(0, 1)[batch["predictor_N"], : len(tokenizer)]
         logprobs.append(logits.log_softmax(dim=1))
     p, q = logprobs
-    return (p.exp() * (p - q)).sum(dim=1).mean().item()
+    return divergence(p, q).sum(dim=1).mean().item()
 
 
 def stop_after(asked: int) -> Callable[[], bool]:

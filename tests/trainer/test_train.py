@@ -1,5 +1,6 @@
 """Whole runs of a tiny student against a plain training loop and a real teacher."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,52 @@ def test_every_encoding_of_whole_distributions_trains_the_same_student(
         start=student_model,
         share=share,
     )
+
+
+def test_many_draws_train_nearly_the_same_student(
+    make_run: MakeRun, kd_settings: Settings, student_model: Path, tmp_path: Path
+) -> None:
+    models = [
+        train(
+            make_run(alpha=1.0, learning_rate=1e-3, distillation={"labels": labels, "temperature": 2.0}),
+            out=tmp_path / labels["encoding"],
+            settings=kd_settings,
+        )
+        for labels in ({"encoding": "exact"}, {"encoding": "sampled", "draws": 1024})
+    ]
+    assert_close_weights(*models, start=student_model, share=0.2)
+
+
+@pytest.mark.parametrize(
+    ("distillation", "divergence"),
+    [
+        ({"divergence": "forward_kl"}, lambda log_p, log_q: log_p.exp() * (log_p - log_q)),
+        ({"divergence": "reverse_kl"}, lambda log_p, log_q: log_q.exp() * (log_q - log_p)),
+        ({"divergence": "jsd", "beta": 0.25}, lambda log_p, log_q: jsd(log_p, log_q, beta=0.25)),
+    ],
+)
+def test_a_run_minimises_the_divergence_it_names(
+    distillation: dict,
+    divergence: Callable,
+    make_run: MakeRun,
+    kd_settings: Settings,
+    student_model: Path,
+    teacher_model: Path,
+    records_file: Path,
+    tmp_path: Path,
+) -> None:
+    """The first step logs that of the untrained student, as transformers' own logits give it."""
+    points: list[MetricPoint] = []
+    spec = make_run(alpha=1.0, batch_size=10, distillation=distillation, training={"epochs": 1})
+    train(spec, out=tmp_path / "run", settings=kd_settings, on_metrics=points.extend)
+    soft = next(point.value for point in points if point.name == "soft_loss")
+    expected = mean_divergence(teacher_model, student_model, records_file, divergence=divergence)
+    assert soft == pytest.approx(expected, rel=1e-4)
+
+
+def jsd(log_p: torch.Tensor, log_q: torch.Tensor, *, beta: float) -> torch.Tensor:
+    log_m = torch.log(beta * log_p.exp() + (1 - beta) * log_q.exp())
+    return beta * log_p.exp() * (log_p - log_m) + (1 - beta) * log_q.exp() * (log_q - log_m)
 
 
 def test_the_result_is_a_whole_model(make_run: MakeRun, settings: Settings, tmp_path: Path) -> None:
