@@ -7,19 +7,20 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.contract.errors import CancelledError, InvalidInputError, UnsupportedError
+from services.contract.errors import CancelledError, InvalidInputError
 from services.contract.sequences import TokenSequence
 from services.contract.settings import Settings
 from services.contract.soft_labels import ScoredSequence, hash_sequence
 from services.contract.spec import RunSpec
 from services.labels.files import LabelWriter
 from services.labels.manifest import Manifest
+from student_trainer.arguments import MATMUL_DTYPES
 from student_trainer.examples import load_examples
 from student_trainer.finetune import finetune_teacher
 from student_trainer.handshake import PROBE_TEXTS
 from student_trainer.labels import label_request
 from student_trainer.progress import Progress
-from student_trainer.student import load_tokenizer
+from student_trainer.student import load_student, load_tokenizer, output_head, vocabulary_size
 from student_trainer.teacher import Teacher, connect_teacher
 from student_trainer.teacher_client import TeacherClient
 
@@ -66,6 +67,8 @@ def precompute_labels(
             teacher_max_length=teacher.info.max_length,
             should_stop=should_stop,
         )
+        if teacher.options.encoding == "projected":
+            teacher = _projecting(teacher, spec, settings, vocab_size=vocabulary_size(tokenizer))
         # Records that are alike have the same labels.
         wanted = {_hash(sequence): sequence for sequence in (label_request(e, id=str(e.index)) for e in examples)}
         already = 0
@@ -87,11 +90,6 @@ def precompute_labels(
 def _with_labels(runs: Sequence[RunSpec]) -> RunSpec:
     """Any run that asks for labels: those of one sweep ask for the same, whatever their alpha, rate, batch and seed."""
     for run in runs:
-        if run.alpha > 0 and run.distillation.labels.encoding == "projected":
-            raise UnsupportedError(
-                "projected labels are means of one student's output head; they are made while it trains",
-                fix="Set distillation.labels.encoding to exact, whose labels fit every student.",
-            )
         if run.alpha > 0:
             labels = run.distillation.labels.model_copy(update={"path": None})
             distillation = run.distillation.model_copy(update={"labels": labels})
@@ -99,6 +97,13 @@ def _with_labels(runs: Sequence[RunSpec]) -> RunSpec:
     raise InvalidInputError(
         "alpha is 0 in every run, so none of them has soft labels", fix="Name a sweep or run with alpha above 0."
     )
+
+
+def _projecting(teacher: Teacher, spec: RunSpec, settings: Settings, *, vocab_size: int) -> Teacher:
+    """Projected labels belong to the head of this one student, which training leaves as it is."""
+    dtype = MATMUL_DTYPES[spec.training.precision]
+    model = load_student(spec.student, settings, vocab_size=vocab_size, frozen_dtype=dtype, seed=spec.seed)
+    return teacher.projecting(output_head(model), vocab_size=vocab_size, dtype=dtype)
 
 
 def _writer(out: Path, teacher: Teacher) -> LabelWriter:

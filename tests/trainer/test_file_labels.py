@@ -15,7 +15,6 @@ from services.contract.errors import (
     HandshakeError,
     InvalidInputError,
     LabelMismatchError,
-    UnsupportedError,
 )
 from services.contract.sequences import TokenSequence
 from services.contract.settings import Settings
@@ -57,6 +56,7 @@ def lone_teacher(teacher_model: Path, tmp_path_factory: pytest.TempPathFactory) 
         (TOP_K, "transformers"),
         ({"labels": {"encoding": "full"}}, "transformers"),
         ({"labels": {"encoding": "sampled", "draws": 20, "seed": 5}}, "transformers"),
+        ({"labels": {"encoding": "projected"}}, "transformers"),
     ],
 )
 def test_files_train_the_very_weights_that_the_teacher_does(
@@ -71,6 +71,8 @@ def test_files_train_the_very_weights_that_the_teacher_does(
 ) -> None:
     teacher = {"model": str(student_model)} if source == "mock" else None
     changes = {"distillation": distillation} | ({"teacher": teacher} if teacher else {})
+    if distillation.get("labels") == {"encoding": "projected"}:
+        changes["student"] = {"model": str(student_model), "lora": {"rank": 4}}
     run = make_run(alpha=2.0, **changes)
     address = mock_address if source == "mock" else lone_teacher
     online = settings.model_copy(update={"teacher_address": address})
@@ -195,13 +197,6 @@ def test_runs_without_soft_labels_have_none_to_make(make_run: MakeRun, settings:
         precompute_labels([make_run()], settings=settings)
 
 
-def test_projected_labels_are_not_made_ahead(make_run: MakeRun, settings: Settings) -> None:
-    projected = {"labels": {"encoding": "projected"}}
-    run = make_run(alpha=1.0, distillation=projected, student={"model": "any", "lora": {}})
-    with pytest.raises(UnsupportedError, match="one student's output head"):
-        precompute_labels([run], settings=settings)
-
-
 def test_records_too_long_for_the_teacher_are_left_out_alike(
     make_run: MakeRun, settings: Settings, teacher_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -217,3 +212,18 @@ def test_records_too_long_for_the_teacher_are_left_out_alike(
     assert 0 < done.sequences < len(RECORDS)
     assert "left out" in caplog.text
     assert train(in_files(run, tmp_path / "labels"), out=tmp_path / "run", settings=settings).is_dir()
+
+
+def test_projected_labels_of_another_student_are_refused(
+    make_run: MakeRun, settings: Settings, lone_teacher: str, student_model: Path, tmp_path: Path
+) -> None:
+    online = settings.model_copy(update={"teacher_address": lone_teacher})
+
+    def run_of(student: Path):
+        lora = {"model": str(student), "lora": {}}
+        return make_run(alpha=1.0, distillation={"labels": {"encoding": "projected"}}, student=lora)
+
+    precompute_labels([run_of(student_model)], settings=online, out=tmp_path / "labels")
+    other = make_tiny_model(tmp_path / "other", seed=9)
+    with pytest.raises(InvalidInputError, match="made for another student"):
+        train(in_files(run_of(other), tmp_path / "labels"), out=tmp_path / "run", settings=settings)
