@@ -37,6 +37,32 @@ def evaluate_model(
     _run(model, spec, out, settings)
 
 
+def measure_confidence(
+    models: list[str],
+    *,
+    data: str | None,
+    out: Path,
+    examples: int,
+    limit: int | None,
+    batch_size: int,
+    settings: Settings,
+) -> None:
+    """``smoothkd overconfidence``: measure every model, then print a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from services.evaluation.overconfidence import COLUMNS, measure_overconfidence, table_row
+
+    found = measure_overconfidence(
+        models, data=data, out=out, examples=examples, limit=limit, batch_size=batch_size, settings=settings
+    )
+    table = Table(*COLUMNS, box=None, pad_edge=False)
+    for one in found:
+        table.add_row(*table_row(one))
+    Console().print(table)
+    Console().print(f"{out / 'overconfidence.html'}", soft_wrap=True, highlight=False)
+
+
 def _benchmark(text: str) -> dict[str, str]:
     name, _, path = text.strip().partition("=")
     return {"name": name, "path": path} if path else {"name": name}

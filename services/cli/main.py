@@ -346,6 +346,24 @@ def detect(
     typer.echo(f"{target}" + (f" ({without} summaries have no score; see their field missing)" if without else ""))
 
 
+@app.command(rich_help_panel=FILES)
+def overconfidence(
+    *,
+    model: Annotated[list[str], typer.Option(help="Directory or hub id; repeat it to compare several.")],
+    out: Annotated[Path, typer.Option(help="Directory for overconfidence.json, plots and a page.")],
+    data: Annotated[str | None, typer.Option(help="CommonsenseQA as a file; the hub's validation set if none.")] = None,
+    examples: Annotated[int, typer.Option(min=0, help="Answered questions shown first, for base models.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="First questions only.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+) -> None:
+    """Measure how sure models are of wrong answers: likelihoods, calibration, entropy."""
+    from services.cli.evaluation import measure_confidence
+
+    measure_confidence(
+        model, data=data, out=out, examples=examples, limit=limit, batch_size=batch_size, settings=_settings()
+    )
+
+
 @app.command(hidden=True)
 def stage(stage_id: str, *, attempt: Annotated[int, typer.Option(min=1)]) -> None:
     """Run one stage that a worker has begun."""

@@ -12,10 +12,11 @@ from services.contract.settings import Settings
 from services.datasets.questions import load_questions
 from services.datasets.reading import load_items
 from services.evaluation.answering import Request
+from services.evaluation.calibration import wrong_nll
 from services.evaluation.items import answer_items, mean_score
 from services.evaluation.metrics import describe, load_metrics, metric_names
 from services.evaluation.model import LoadedModel, load_model
-from services.evaluation.multiple_choice import metric_of, score_multiple_choice
+from services.evaluation.multiple_choice import ChoiceItem, answer_multiple_choice, metrics_of
 from services.evaluation.question_answering import INSTRUCTION
 from services.models.resolve import resolve_model
 
@@ -103,7 +104,7 @@ def _steps(
     known: Known,
 ) -> Steps:
     if benchmark.name in MULTIPLE_CHOICE:
-        score = score_multiple_choice(
+        answered = answer_multiple_choice(
             benchmark,
             loaded=loaded,
             directory=directory,
@@ -111,7 +112,8 @@ def _steps(
             batch_size=spec.batch_size,
             settings=settings,
         )
-        yield _Step(scores=[score])
+        yield _Step(generations=[_chosen(benchmark.name, item) for item in answered.items], share=1.0)
+        yield _Step(scores=answered.scores)
         return
     requests = _requests(benchmark, limit=spec.limit, offline=settings.offline)
     metrics = load_metrics(benchmark.name, spec, loaded=loaded, name=directory, settings=settings)
@@ -125,6 +127,24 @@ def _steps(
     # What was known and lacked nothing did not come back.
     answers = [done.get(request.item_id) or stored[request.item_id] for request in requests]
     yield _Step(scores=[mean_score(metric, answers, metrics, benchmark=benchmark.name) for metric in metrics.names])
+
+
+def _chosen(benchmark: str, item: ChoiceItem) -> Generation:
+    """A question with the choice that the metric takes for the model's, kept to compare models item by item."""
+    lengths = [len(choice) or 1 if metrics_of(benchmark)[0] == "acc_norm" else 1 for choice in item.choices]
+    shares = [likelihood / length for likelihood, length in zip(item.likelihoods, lengths, strict=True)]
+    scores = {metrics_of(benchmark)[0]: item.value}
+    if "wrong_nll" in metrics_of(benchmark):
+        scores["wrong_nll"] = float(wrong_nll(item.likelihoods, item.right).mean())
+    return Generation(
+        benchmark=benchmark,
+        item_id=item.item_id,
+        source=item.question,
+        reference=item.choices[item.right],
+        output=item.choices[shares.index(max(shares))],
+        scores=scores,
+        spans=[],
+    )
 
 
 def _requests(benchmark: BenchmarkSpec, *, limit: int | None, offline: bool) -> list[Request]:
@@ -151,5 +171,5 @@ def _requests(benchmark: BenchmarkSpec, *, limit: int | None, offline: bool) -> 
 
 def _missing_scores(benchmark: BenchmarkSpec, *, spec: EvaluationSpec, reason: str) -> list[Score]:
     name = benchmark.name
-    metrics = (metric_of(name),) if name in MULTIPLE_CHOICE else metric_names(name, spec)
+    metrics = metrics_of(name) if name in MULTIPLE_CHOICE else metric_names(name, spec)
     return [Score(benchmark=name, metric=metric, value=None, missing=reason, items=0) for metric in metrics]

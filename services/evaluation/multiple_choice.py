@@ -6,7 +6,7 @@ goes on where it was and a finished one is not computed again.
 
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from services.contract.evaluation_spec import BenchmarkSpec
 from services.contract.records import Score
 from services.contract.settings import Settings
 from services.datasets.sources import local_rows
+from services.evaluation.calibration import measure_calibration
 from services.evaluation.model import LoadedModel
 from services.evaluation.model_files import model_digest
 from services.models.hub import hub_reachable
@@ -61,12 +62,39 @@ _TASKS = {
 }
 
 
-def metric_of(benchmark: str) -> str:
-    """``acc_norm`` or ``acc``, as the benchmark is customarily told by."""
-    return _TASKS[benchmark].metric
+CALIBRATED = "commonsense_qa"
+"""The benchmark that also tells how well a model is calibrated (Nguyen et al., 2025, appendix A)."""
 
 
-def score_multiple_choice(
+@dataclass(frozen=True, kw_only=True)
+class ChoiceItem:
+    """A question as it was asked, and the natural log-likelihood of each choice.
+
+    ``right`` is the place of the right one; ``value`` the item's part in the benchmark's metric, 0 to 100.
+    """
+
+    item_id: str
+    question: str
+    choices: tuple[str, ...]
+    likelihoods: tuple[float, ...]
+    right: int
+    value: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultipleChoice:
+    """What a model made of a benchmark: its scores, the customary one first, and its items."""
+
+    scores: list[Score]
+    items: list[ChoiceItem]
+
+
+def metrics_of(benchmark: str) -> tuple[str, ...]:
+    """``acc_norm`` or ``acc``, as the benchmark is customarily told by, then what else it yields."""
+    return (_TASKS[benchmark].metric, *(("wrong_nll", "ece") if benchmark == CALIBRATED else ()))
+
+
+def answer_multiple_choice(
     benchmark: BenchmarkSpec,
     *,
     loaded: LoadedModel,
@@ -74,27 +102,66 @@ def score_multiple_choice(
     limit: int | None,
     batch_size: int,
     settings: Settings,
-) -> Score:
+    examples: int = 0,
+) -> MultipleChoice:
     """Accuracy x 100: how often the right choice has the highest log-likelihood, per character for ``acc_norm``.
 
     For truthfulqa_mc2 it is the probability that the true answers share among all. ``directory`` is the model's.
-
-    No examples are shown and no chat template is applied, as these benchmarks are customarily reported. Data come from
-    the hub, or from ``benchmark.path``, a file with the same columns; DatasetError when they cannot be had.
+    ``examples`` is how many other questions are shown with their answers before each; none, and no chat template, is
+    how these benchmarks are customarily reported. Data come from the hub, or from ``benchmark.path``, a file with the
+    same columns; DatasetError when they cannot be had. commonsense_qa also has ``wrong_nll`` and ``ece``.
     """
     task = _TASKS[benchmark.name]
     if benchmark.path is not None:
         _check_columns(benchmark, task)
     with _kept_responses(benchmark.name, loaded=loaded, directory=directory, settings=settings) as kept:
         results = _run_harness(
-            benchmark, task, loaded=loaded, limit=limit, batch_size=batch_size, settings=settings, kept=kept
+            benchmark,
+            task,
+            loaded=loaded,
+            limit=limit,
+            batch_size=batch_size,
+            settings=settings,
+            kept=kept,
+            examples=examples,
         )
-    return Score(
-        benchmark=benchmark.name,
-        metric=task.metric,
-        value=100 * float(results["results"][benchmark.name][f"{task.metric},none"]),
-        items=int(results["n-samples"][benchmark.name]["effective"]),
-    )
+    items = _items(results["samples"][benchmark.name], metric=task.metric)
+    value = 100 * float(results["results"][benchmark.name][f"{task.metric},none"])
+    score = Score(benchmark=benchmark.name, metric=task.metric, value=value, items=len(items))
+    return MultipleChoice(scores=[score, *_calibration(benchmark.name, items)], items=items)
+
+
+def _items(samples: Sequence[Mapping[str, Any]], *, metric: str) -> list[ChoiceItem]:
+    """The library's samples, in the order of the data. An item without an id of its own is named by its row."""
+    ordered = sorted(samples, key=lambda sample: int(sample["doc_id"]))
+    ids = [str(sample["doc"].get("id") or "") for sample in ordered]
+    named = all(ids) and len(set(ids)) == len(ids)
+    return [
+        ChoiceItem(
+            item_id=own if named else str(int(sample["doc_id"]) + 1),
+            question=sample["arguments"][0][0],
+            choices=(choices := tuple(argument[1].strip() for argument in sample["arguments"])),
+            likelihoods=tuple(float(answer[0]) for answer in sample["filtered_resps"]),
+            right=_place(sample["target"], choices),
+            value=100 * float(sample[metric]),
+        )
+        for own, sample in zip(ids, ordered, strict=True)
+    ]
+
+
+def _place(target: Any, choices: Sequence[str]) -> int:
+    """Tasks name the right choice by its place or by its text."""
+    return choices.index(target) if isinstance(target, str) and target in choices else int(target)
+
+
+def _calibration(benchmark: str, items: Sequence[ChoiceItem]) -> list[Score]:
+    if benchmark != CALIBRATED:
+        return []
+    found = measure_calibration([item.likelihoods for item in items], [item.right for item in items])
+    return [
+        Score(benchmark=benchmark, metric="wrong_nll", value=found.wrong_nll, items=found.items),
+        Score(benchmark=benchmark, metric="ece", value=100 * found.ece, items=found.items, higher_is_better=False),
+    ]
 
 
 def _check_columns(benchmark: BenchmarkSpec, task: _Task) -> None:
@@ -122,6 +189,7 @@ def _run_harness(
     batch_size: int,
     settings: Settings,
     kept: Path,
+    examples: int,
 ) -> dict[str, Any]:
     try:
         import datasets
@@ -150,7 +218,8 @@ def _run_harness(
             tasks=loaded_tasks,
             limit=limit,
             bootstrap_iters=0,
-            log_samples=False,
+            num_fewshot=examples,
+            log_samples=True,
             task_manager=manager,
             use_cache=str(kept),
         )
@@ -169,8 +238,9 @@ def _task_file(benchmark: BenchmarkSpec, task: _Task, *, scratch: Path, library:
             "dataset_kwargs": {"data_files": {task.split: str(path)}, "cache_dir": str(scratch / "cache")},
             "training_split": None,
             "validation_split": None,
-            "test_split": None,
-            f"{task.split}_split": task.split,
+            "test_split": task.split,
+            # Of the test split the library knows that a question must not be among its own examples.
+            "fewshot_split": task.split,
         }
     own = scratch / "tasks" / f"{benchmark.name}.yaml"
     own.parent.mkdir()

@@ -12,7 +12,7 @@ from services.contract.errors import DatasetError
 from services.contract.evaluation_spec import BenchmarkSpec
 from services.contract.settings import Settings
 from services.evaluation.model import LoadedModel, load_model
-from services.evaluation.multiple_choice import score_multiple_choice
+from services.evaluation.multiple_choice import MultipleChoice, answer_multiple_choice
 
 FILES = {
     "arc_easy": "arc_easy/test.jsonl",
@@ -151,7 +151,7 @@ def test_without_hub_and_file_the_error_says_what_to_do(
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "empty"))
     with pytest.raises(DatasetError, match="the data of openbookqa cannot be loaded") as caught:
-        score_multiple_choice(
+        answer_multiple_choice(
             BenchmarkSpec(name="openbookqa"),
             loaded=loaded,
             directory=str(tiny_model),
@@ -163,13 +163,20 @@ def test_without_hub_and_file_the_error_says_what_to_do(
 
 
 def _score(name: str, file: Path, *, loaded: LoadedModel, limit: int | None, tmp_path: Path):
-    return score_multiple_choice(
+    return _answered(name, file, loaded=loaded, limit=limit, tmp_path=tmp_path).scores[0]
+
+
+def _answered(
+    name: str, file: Path, *, loaded: LoadedModel, limit: int | None, tmp_path: Path, examples: int = 0
+) -> MultipleChoice:
+    return answer_multiple_choice(
         BenchmarkSpec(name=name, path=str(file)),
         loaded=loaded,
         directory=str(loaded.model.config._name_or_path),
         limit=limit,
         batch_size=4,
         settings=Settings(data_dir=tmp_path, offline=True),
+        examples=examples,
     )
 
 

@@ -1,0 +1,143 @@
+"""``smoothkd overconfidence``: how sure models are of wrong answers (Nguyen et al., 2025, appendix A)."""
+
+import gc
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from pydantic import Field
+from scipy.stats import gaussian_kde
+
+from services.contract.errors import InvalidInputError
+from services.contract.evaluation_spec import BenchmarkSpec
+from services.contract.records import Record
+from services.contract.settings import Settings
+from services.evaluation.calibration import Array, Calibration, measure_calibration, wrong_nll
+from services.evaluation.model import load_model
+from services.evaluation.multiple_choice import CALIBRATED, ChoiceItem, answer_multiple_choice
+from services.models.resolve import resolve_model
+from services.reports.colours import DISTILLED
+from services.reports.page import page_html, table_html
+from services.reports.plots import density_plot, figure_html, reliability_plot
+
+GRID = 400
+NLL_LABEL = "negative log-likelihood of wrong answers (nats); further right is less sure of what is false"
+
+
+class ModelConfidence(Record):
+    """One model; ``wrong_nll`` holds every wrong answer of every question, in order."""
+
+    model: str
+    examples: int = Field(description="Questions shown with their answers before each.")
+    calibration: Calibration
+    wrong_nll: list[float]
+
+
+def measure_overconfidence(
+    models: Sequence[str],
+    *,
+    data: str | None,
+    out: Path,
+    examples: int,
+    limit: int | None,
+    batch_size: int,
+    settings: Settings,
+) -> list[ModelConfidence]:
+    """Asks every model CommonsenseQA; JSON, two plots and a page with both go to ``out``.
+
+    ``data`` is a file of the data set's columns, None the hub's. One model is in memory at a time.
+    """
+    labels = _labels(models)
+    benchmark = BenchmarkSpec(name=CALIBRATED, path=data)
+    found = []
+    for label, model in zip(labels, models, strict=True):
+        directory = resolve_model(model, settings=settings)
+        answered = answer_multiple_choice(
+            benchmark,
+            loaded=load_model(directory),
+            directory=directory,
+            limit=limit,
+            batch_size=batch_size,
+            settings=settings,
+            examples=examples,
+        )
+        found.append(describe_model(label, answered.items, examples=examples))
+        gc.collect()
+    write_overconfidence(found, out)
+    return found
+
+
+def describe_model(label: str, items: Sequence[ChoiceItem], *, examples: int) -> ModelConfidence:
+    """A model's calibration and its likelihood of every wrong answer."""
+    return ModelConfidence(
+        model=label,
+        examples=examples,
+        calibration=measure_calibration([item.likelihoods for item in items], [item.right for item in items]),
+        wrong_nll=[float(value) for item in items for value in wrong_nll(item.likelihoods, item.right)],
+    )
+
+
+def densities(samples: Mapping[str, Sequence[float]]) -> dict[str, tuple[Array, Array]]:
+    """(positions, densities) of each sample, over one range: Gaussian kernels of Scott's width (Scott, 1992)."""
+    for label, values in samples.items():
+        if len(set(values)) < 2:
+            raise InvalidInputError(
+                f"{label} gives every wrong answer the same likelihood: there is no density to draw",
+                fix="Use more questions, or check the model.",
+            )
+    kernels = {label: gaussian_kde(np.asarray(values, dtype=np.float64)) for label, values in samples.items()}
+    # Three widths beyond the outermost answers the curves have come down to nothing.
+    widest = 3 * max(float(np.sqrt(kernel.covariance[0, 0])) for kernel in kernels.values())
+    low = max(0.0, min(min(values) for values in samples.values()) - widest)
+    positions = np.linspace(low, max(max(values) for values in samples.values()) + widest, GRID)
+    return {label: (positions, kernel(positions)) for label, kernel in kernels.items()}
+
+
+def write_overconfidence(models: Sequence[ModelConfidence], out: Path) -> None:
+    """Each file appears only when it is whole."""
+    colours = {one.model: DISTILLED[place % len(DISTILLED)] for place, one in enumerate(models)}
+    density = density_plot(densities({one.model: one.wrong_nll for one in models}), colours=colours, x_label=NLL_LABEL)
+    reliability = reliability_plot(
+        {one.model: [(b.confidence, b.accuracy, b.items) for b in one.calibration.bins] for one in models},
+        colours=colours,
+    )
+    body = (
+        table_html(COLUMNS, [table_row(one) for one in models])
+        + figure_html(density, caption=f"Kernel density of the {NLL_LABEL}")
+        + figure_html(reliability, caption="Reliability: accuracy over confidence, 15 bins; the diagonal is calibrated")
+    )
+    examples = ", ".join(dict.fromkeys(f"{one.examples} examples" for one in models))
+    facts = f"CommonsenseQA, {models[0].calibration.items} questions, {examples} before each"
+    files = {
+        "overconfidence.json": "[" + ",\n".join(one.model_dump_json() for one in models) + "]\n",
+        "density.svg": density,
+        "reliability.svg": reliability,
+        "overconfidence.html": page_html("Overconfidence", facts, body),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        partial = out / f".{name}.partial"
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(out / name)
+
+
+COLUMNS = ("Model", "Questions", "Accuracy %", "Confidence %", "ECE %", "Entropy (nats)", "NLL of wrong answers (nats)")
+
+
+def table_row(one: ModelConfidence) -> list[str]:
+    """In the order of COLUMNS."""
+    found = one.calibration
+    return [
+        one.model,
+        str(found.items),
+        *(f"{100 * value:.2f}" for value in (found.accuracy, found.confidence, found.ece)),
+        *(f"{value:.3f}" for value in (found.entropy, found.wrong_nll)),
+    ]
+
+
+def _labels(models: Sequence[str]) -> list[str]:
+    """The last part of each name where that tells the models apart, else the whole names."""
+    if len(set(models)) < len(models):
+        raise InvalidInputError("a model is named twice", fix="Name each model once.")
+    short = [model.rstrip("/").rpartition("/")[2] for model in models]
+    return short if len(set(short)) == len(short) else list(models)
