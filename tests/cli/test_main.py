@@ -27,6 +27,7 @@ COMMANDS += (
     "labels import",
     "labels info",
     "labels clear",
+    "load-teacher",
 )
 
 
@@ -63,7 +64,7 @@ def test_commands_and_targets_of_the_readme_exist():
     for target in re.findall(r"(?:`|^)make ([a-z-]+)", text, flags=re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
     known = {command.split()[0] for command in COMMANDS}
-    for command in re.findall(r"(?:`|^)smoothkd ([a-z]+)", text, flags=re.MULTILINE):
+    for command in re.findall(r"(?:`|^)smoothkd ([a-z-]+)", text, flags=re.MULTILINE):
         assert command in {*known, "distils"}, command
     for path in re.findall(r"`((?:services|student_trainer|teacher_server|docs|sweeps)/[\w./]+)`", text):
         assert (REPOSITORY / path).exists(), path

@@ -2,7 +2,10 @@
 
 import asyncio
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -443,6 +446,22 @@ def test_every_replica_is_told(folder: Folder) -> None:
                 assert len(list(student.score(SEQUENCES))) == len(SEQUENCES)
             other._loaded = other._info = None
             assert other.describe().fingerprint == tuned
+
+
+def test_the_command_line_loads_a_teacher(client: TeacherClient, folder: Folder) -> None:
+    def load(model: Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "services.cli.main", "load-teacher", str(model)]
+        where = os.environ | {"SMOOTHKD_TEACHER_ADDRESS": client.address}
+        return subprocess.run(command, env=where, capture_output=True, text=True, timeout=60)
+
+    loaded = load(folder.tuned)
+    with anew(client) as student:
+        assert loaded.stdout == f"{folder.tuned} (fingerprint {student.describe().fingerprint})\n", loaded.stderr
+    assert_serves(client, folder.tuned)
+    refused = load(folder.base.parent)
+    assert refused.returncode == 2
+    assert "may not load" in refused.stderr
+    assert "Traceback" not in refused.stderr
 
 
 def test_the_spread_is_told_to_students(client: TeacherClient) -> None:

@@ -175,7 +175,7 @@ class GetTeacherRequest(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     PROBE_TEXTS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """A model this server offers; empty means the one it was started with."""
+    """What is served now, or the model that the server was started with; empty means what is served now."""
     @_builtins.property
     def probe_texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Texts that the teacher's tokenizer encodes without special tokens, so that a student can compare."""
