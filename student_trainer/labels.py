@@ -3,6 +3,7 @@
 Shape suffixes: N response tokens of a batch, K kept tokens, E the teacher's hidden size, V vocabulary.
 """
 
+import contextvars
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -84,7 +85,12 @@ class LabelPrefetcher:
         sequences = [
             label_request(example, id=f"{ticket}.{place}.{example.index}") for place, example in enumerate(examples)
         ]
-        answer = self._threads.submit(self._score, sequences)
+        answer = self._threads.submit(
+            # In the context of whoever asks, so that the request belongs to its trace.
+            contextvars.copy_context().run,
+            self._score,
+            sequences,
+        )
         self._asked[ticket] = _Asked(ids=[sequence.id for sequence in sequences], answer=answer)
         return ticket
 

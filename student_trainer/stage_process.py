@@ -17,6 +17,7 @@ from services.contract.errors import CancelledError, QueueUnavailableError, Stal
 from services.contract.records import Problem, StageRecord
 from services.contract.settings import Settings
 from services.contract.states import StageKind, State
+from services.logs import log_fields
 from services.process import start_child, stop_child
 from services.store.attempts import log_path
 from services.store.queue import Queue
@@ -55,8 +56,7 @@ def carry_out(stage_id: str, *, settings: Settings, worker: str, command: Sequen
     killed has lost the attempt. SIGTERM hands the stage back; the death of this process's parent counts as a loss.
     """
     worker_pid = os.getppid()
-    store = Store(settings.resolved_database_url)
-    try:
+    with contextlib.closing(Store(settings.resolved_database_url)) as store, log_fields(stage=stage_id):
         with _interruptible() as interruption:
             attempt = store.begin_attempt(stage_id, worker=worker, lease_seconds=settings.lease_seconds)
             if attempt is None:
@@ -67,8 +67,6 @@ def carry_out(stage_id: str, *, settings: Settings, worker: str, command: Sequen
         log.info("attempt %d of stage %s: %s", attempt.number, stage_id, state or "superseded")
         if state == State.SUCCEEDED:
             _queue_dependants(store, stage_id, redis_url=settings.resolved_redis_url)
-    finally:
-        store.close()
 
 
 @dataclass

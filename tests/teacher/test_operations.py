@@ -83,6 +83,10 @@ def test_metrics_count_what_was_asked(tmp_path: Path) -> None:
     assert found["cache_bytes", ()] > 0
     for name in ("queue_sequences", "queue_tokens", "label_bytes", "clients"):
         assert found[name, ()] == 0
+    exposed = {re.sub("_(bucket|count|sum)$", "", name) for name, _ in found if not name.endswith("_created")}
+    table = (REPOSITORY / "docs" / "operations.md").read_text().partition("## Metrics")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert {name for row in rows for name in re.findall("`([a-z_]+)`", row)} == exposed
     with pytest.raises(OSError, match="refused"):
         scrape(port)
 
