@@ -35,7 +35,7 @@ def logging_config(log_format: LogFormat, *, levels: dict[str, str]) -> dict[str
 
 @contextmanager
 def log_fields(**fields: str) -> Iterator[None]:
-    """Every JSON line from within the block, and from tasks that it starts, carries these fields (stage, request ...)."""
+    """Every JSON line from within the block, and from tasks that it starts, carries these fields."""
     token = _fields.set({**_fields.get(), **fields})
     try:
         yield
