@@ -35,6 +35,9 @@ def train(
     """
     from services.cli.progress import counting
     from services.contract.errors import InvalidInputError
+
+    if (judge_url is None) != (judge_model is None):
+        raise InvalidInputError("a judge needs both its URL and its model", fix="Give --judge-url and --judge-model.")
     from services.contract.settings import load_settings
     from services.evaluation.lookback.judge import Judge
     from services.evaluation.lookback.train import train_lens
@@ -42,8 +45,6 @@ def train(
     kinds: dict[str, Literal["windows", "predefined"]] = {"windows": "windows", "predefined": "predefined"}
     if spans not in kinds:
         raise InvalidInputError(f"spans {spans!r} is unknown", fix="Choose windows or predefined.")
-    if (judge_url is None) != (judge_model is None):
-        raise InvalidInputError("a judge needs both its URL and its model", fix="Give --judge-url and --judge-model.")
     settings = load_settings()
     judge = None
     if judge_url is not None and judge_model is not None:

@@ -50,6 +50,9 @@ def with_absolute_paths(spec: SweepSpec, file: Path) -> SweepSpec:
     for benchmark in data["evaluation"]["benchmarks"]:
         if benchmark["path"]:
             benchmark["path"] = absolute(benchmark["path"])
+    for judge, name in data["evaluation"]["judges"].items():
+        if name:
+            data["evaluation"]["judges"][judge] = absolute(name)
     for role in ("student", "teacher"):
         if data[role]:
             data[role]["model"] = absolute(data[role]["model"])

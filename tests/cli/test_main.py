@@ -150,3 +150,21 @@ def test_summary_table_marks_the_best_and_says_why_a_metric_is_missing():
     assert "1/2" in text
     styled = console.export_text(styles=True)
     assert "\x1b[1;32m21.00" in styled
+
+
+def test_a_sweep_names_its_judges_from_where_its_file_lies(tmp_path):
+    from services.cli.sweep_views import with_absolute_paths
+    from services.contract.spec_reading import parse_sweep
+
+    (tmp_path / "lens.json").write_text("{}")
+    spec = parse_sweep(
+        {
+            "name": "judged",
+            "student": {"model": "HuggingFaceTB/SmolLM2-135M-Instruct"},
+            "dataset": {"path": "demo_instructions"},
+            "evaluation": {"judges": {"lens": "lens.json", "nli": "cross-encoder/nli-deberta-v3-base"}},
+        }
+    )
+    judges = with_absolute_paths(spec, tmp_path / "sweep.yaml").evaluation.judges
+    assert judges.lens == str(tmp_path / "lens.json")
+    assert judges.nli == "cross-encoder/nli-deberta-v3-base"

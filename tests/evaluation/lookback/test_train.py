@@ -273,6 +273,7 @@ def test_what_is_learnt_of_a_document_does_not_count() -> None:
     assert report.summaries.value < 0.75
 
 
+@pytest.mark.slow
 def test_the_command_asks_the_judge_with_the_key_of_the_environment(tiny_model: Path, tmp_path: Path) -> None:
     data = write_data(tmp_path / "data.jsonl", labelled=False)
     command = [sys.executable, "-m", "services.cli.main", "lens", "train", str(data), "--model", str(tiny_model)]
