@@ -1,7 +1,5 @@
 """A sweep's result table in the paper's form: a row per method, a column per benchmark and metric."""
 
-import csv
-import io
 from collections.abc import Sequence
 from html import escape
 from itertools import groupby
@@ -65,40 +63,6 @@ def missing_html(summary: Summary) -> str:
     return f'<ul class="sk-notes">{items}</ul>' if items else ""
 
 
-def summary_markdown(summary: Summary) -> str:
-    """The table as Markdown, the best of each column in bold, with the reasons of gaps beneath."""
-    columns = summary_columns(summary)
-    header = ["Method", "Runs", *(f"{benchmark} {metric_title(metric)}" for benchmark, metric in columns)]
-    lines = [_markdown_row(header), _markdown_row(["---"] * 2 + ["---:"] * len(columns))]
-    for row in summary.rows:
-        lines.append(_markdown_row([row.method, _runs(row), *(_markdown_cell(find_cell(row, c)) for c in columns)]))
-    notes = [f"- {line}" for line in missing_lines(summary)]
-    return "\n".join([*lines, *(["", "Missing:", "", *notes] if notes else [])]) + "\n"
-
-
-def summary_csv(summary: Summary) -> str:
-    """One line per method, benchmark and metric, with every number in full precision (RFC 4180)."""
-    out = io.StringIO()
-    writer = csv.writer(out)
-    writer.writerow(["method", "alpha", "benchmark", "metric", "mean", "std", "runs", "best", "missing"])
-    for row in summary.rows:
-        for cell in row.cells:
-            writer.writerow(
-                [
-                    row.method,
-                    row.alpha,
-                    cell.benchmark,
-                    cell.metric,
-                    "" if cell.mean is None else cell.mean,
-                    "" if cell.std is None else cell.std,
-                    cell.runs,
-                    str(cell.best).lower(),
-                    cell.missing or "",
-                ]
-            )
-    return out.getvalue()
-
-
 def headline_html(summary: Summary) -> str:
     """One tile per column: the best method, and how far it is from SFT; none before both have a mean."""
     colours = method_colours(row.method for row in summary.rows)
@@ -131,18 +95,6 @@ def _reason(row: SummaryRow, cell: SummaryCell | None) -> str:
 
 def _runs(row: SummaryRow) -> str:
     return str(row.runs) if row.ended == row.runs else f"{row.ended} of {row.runs} ended"
-
-
-def _markdown_cell(cell: SummaryCell | None) -> str:
-    if cell is None or cell.mean is None:
-        return "–"
-    text = mean_std(cell.mean, cell.std)
-    return f"**{text}**" if cell.best else text
-
-
-def _markdown_row(cells: Sequence[str]) -> str:
-    escaped = (cell.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ") for cell in cells)
-    return f"| {' | '.join(escaped)} |"
 
 
 def _tile(summary: Summary, column: Column, colours: dict[str, str]) -> str:

@@ -1,6 +1,7 @@
 """Case studies: one article, what SFT and KD students made of it, and what of that the article does not support."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import streamlit as st
 
@@ -11,8 +12,10 @@ from dashboard.session import choose_sweep, client
 from services.contract.metric_words import DETECTORS, metric_title
 from services.contract.records import CaseStudy, SweepRecord
 from services.contract.states import ENDED
-from services.reports.case_cards import article_html, difference_html, outputs_html, study_title
+from services.reports.case_cards import UNSUPPORTED, article_html, difference_html, outputs_html, study_title
+from services.reports.case_export import FORMATS, export_studies
 from services.reports.colours import method_colours
+from services.reports.detectors import agreement, detectors_of, marked_by
 from services.reports.words import run_setting
 
 READ_AT_MOST = 500
@@ -29,35 +32,45 @@ def draw_page() -> None:
 
 def draw_studies(sweep_id: str) -> bool:
     sweep = client().sweep(sweep_id)
-    studies, settings = read_studies(sweep)
-    if studies:
+    metric = st.session_state.get(f"metric-{sweep_id}", UNSUPPORTED)
+    studies, settings = read_studies(sweep, metric)
+    if studies or metric != UNSUPPORTED:
         shown = filter_studies(sweep_id, studies)
         if shown:
             draw_study(choose_study(sweep_id, shown), settings)
-        else:
+            draw_export(sweep, shown)
+        elif studies:
             st.info("No item differs by that much. Lower the difference, or choose another benchmark.")
+        else:
+            st.info(f"No item has {metric_title(metric)} of its own, both of SFT and of a KD run.")
     else:
         draw_nothing(sweep)
     return sweep.state in ENDED
 
 
-def read_studies(sweep: SweepRecord) -> tuple[list[CaseStudy], dict[str, str]]:
-    """The studies, widest difference first, and what sets each run apart; read anew when a run has changed state."""
-    version = (sweep.id, tuple(sorted(sweep.runs.items())))
+def read_studies(sweep: SweepRecord, metric: str) -> tuple[list[CaseStudy], dict[str, str]]:
+    """The studies, those first where KD helped most, and what sets each run apart.
+
+    Read anew when a run has changed state or another metric is asked for.
+    """
+    version = (sweep.id, metric, tuple(sorted(sweep.runs.items())))
     if st.session_state.get("studies-version") != version:
         studies: list[CaseStudy] = []
         cursor = None
         while len(studies) < READ_AT_MOST:
-            page = client().case_studies(sweep.id, limit=100, cursor=cursor)
+            page = client().case_studies(sweep.id, metric=metric, limit=100, cursor=cursor)
             studies += page.items
             cursor = page.next_cursor
             if cursor is None:
                 break
         runs = client().all_runs(sweep.id)
+        measured = dict.fromkeys(cell.metric for row in client().summary(sweep.id).rows for cell in row.cells)
         methods = list(dict.fromkeys(run.method for run in runs))
         st.session_state["studies"] = studies
         st.session_state["studies-settings"] = {run.id: run_setting(run) for run in runs}
         st.session_state["studies-methods"] = methods
+        st.session_state["studies-runs"] = runs
+        st.session_state["studies-metrics"] = [UNSUPPORTED, *measured]
         st.session_state["studies-cut"] = cursor is not None
         st.session_state["studies-version"] = version
     return st.session_state["studies"], st.session_state["studies-settings"]
@@ -81,23 +94,28 @@ def draw_nothing(sweep: SweepRecord) -> None:
 
 def filter_studies(sweep_id: str, studies: Sequence[CaseStudy]) -> list[CaseStudy]:
     benchmarks = list(dict.fromkeys(study.benchmark for study in studies))
-    widest = max(round(100 * abs(study.difference)) for study in studies)
-    left, middle, right = st.columns([2, 2, 3], vertical_alignment="bottom", gap="medium")
-    benchmark = left.selectbox("Benchmark", ["all", *benchmarks], key=f"benchmark-{sweep_id}")
-    better = middle.selectbox(
-        "Show", ["all items", "KD better supported", "SFT better supported"], key=f"better-{sweep_id}"
+    widest = max((round(100 * abs(study.difference)) for study in studies), default=0)
+    first, left, middle, right = st.columns([2, 2, 2, 3], vertical_alignment="bottom", gap="medium")
+    first.selectbox(
+        "Compared by",
+        st.session_state["studies-metrics"],
+        format_func=metric_title,
+        key=f"metric-{sweep_id}",
+        help="Per item, KD's best output against SFT's; items where KD is better by most come first.",
     )
+    benchmark = left.selectbox("Benchmark", ["all", *benchmarks], key=f"benchmark-{sweep_id}")
+    better = middle.selectbox("Show", ["all items", "KD better", "SFT better"], key=f"better-{sweep_id}")
     least = right.slider(
         "Difference of at least (points)",
         0,
         max(widest, 1),
         0,
         key=f"least-{sweep_id}",
-        help="Points of a hundred by which the share of the output's words that is unsupported differs.",
+        help="In the metric's points; for unsupported words, points of a hundred of the output's words.",
     )
     if st.session_state["studies-cut"]:
         st.caption(f"The {READ_AT_MOST} items with the largest differences; the API has the others.")
-    signs = {"all items": (-1, 0, 1), "KD better supported": (1,), "SFT better supported": (-1,)}[better]
+    signs = {"all items": (-1, 0, 1), "KD better": (1,), "SFT better": (-1,)}[better]
     return [
         study
         for study in studies
@@ -142,6 +160,23 @@ def choose_study(sweep_id: str, studies: Sequence[CaseStudy]) -> CaseStudy:
     return studies[place]
 
 
+def draw_export(sweep: SweepRecord, studies: Sequence[CaseStudy]) -> None:
+    """Buttons that save what the filters show. A file is made only when it is asked for."""
+    runs = st.session_state["studies-runs"]
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.markdown(f"Save these {len(studies)}:" if len(studies) > 1 else "Save this one:", width="content")
+        for form in FORMATS:
+            st.download_button(
+                {"json": "JSON", "md": "Markdown", "html": "HTML"}[form],
+                partial(export_studies, studies, runs, title=f"Case studies of {sweep.name}", form=form),
+                f"{sweep.name}-cases.{form}",
+                {"json": "application/json", "md": "text/markdown", "html": "text/html"}[form],
+                icon=":material/download:",
+                on_click="ignore",
+                key=f"save-{form}",
+            )
+
+
 def draw_study(study: CaseStudy, settings: dict[str, str]) -> None:
     study = _marked_by_one(study)
     spans = [span for output in study.outputs for span in output.spans]
@@ -154,25 +189,27 @@ def draw_study(study: CaseStudy, settings: dict[str, str]) -> None:
 
 def _marked_by_one(study: CaseStudy) -> CaseStudy:
     """The study with the spans of the detector that is chosen, or of all of them; a choice where there are several."""
-    found = {span.detector for output in study.outputs for span in output.spans}
-    detectors = [*(name for name in DETECTORS if name in found), *sorted(found - set(DETECTORS))]
+    detectors = detectors_of(study)
     if len(detectors) < 2:
         return study
     chosen = st.segmented_control(
         "Marked by",
         ["all", *detectors],
         default=detectors[0],
-        format_func=lambda name: metric_title(DETECTORS.get(str(name), str(name))),
+        format_func=_detector_title,
         key=f"marked-by-{'-'.join(detectors)}",
         help="Which detector's spans are shown. Hover over a mark to see what it says.",
     )
-    if chosen in (None, "all"):
-        return study
-    outputs = [
-        output.model_copy(update={"spans": [span for span in output.spans if span.detector == chosen]})
-        for output in study.outputs
-    ]
-    return study.model_copy(update={"outputs": outputs})
+    alike = ", ".join(
+        f"{_detector_title(one)} and {_detector_title(other)} {share:.0%}"
+        for (one, other), share in agreement(study.outputs, detectors).items()
+    )
+    st.caption(f"Of these outputs' characters, both mark or neither marks: {alike}.")
+    return study if chosen in (None, "all") else marked_by(study, str(chosen))
+
+
+def _detector_title(name: str) -> str:
+    return metric_title(DETECTORS.get(name, name))
 
 
 def _key(study: CaseStudy) -> Key:

@@ -1,5 +1,7 @@
 """Summary: SFT against every KD method over the whole sweep, in the form of the paper's tables."""
 
+from functools import partial
+
 import streamlit as st
 
 from dashboard.live import live, problems_shown
@@ -8,8 +10,6 @@ from dashboard.render.summary_table import (
     headline_html,
     missing_html,
     summary_columns,
-    summary_csv,
-    summary_markdown,
     summary_table_html,
 )
 from dashboard.render.words import state_counts
@@ -17,6 +17,17 @@ from dashboard.session import choose_sweep, client
 from services.contract.metric_words import MEANINGS, metric_title
 from services.contract.records import Summary, SweepRecord
 from services.contract.states import ENDED
+
+REPORT_HELP = (
+    "The table, every method's difference from SFT on the same items with its uncertainty, trade-offs, failures; the "
+    "page also has plots, training curves and case studies."
+)
+REPORTS = {
+    "html": ("HTML page", "text/html"),
+    "md": ("Markdown", "text/markdown"),
+    "csv": ("CSV", "text/csv"),
+    "tex": ("LaTeX", "application/x-tex"),
+}
 
 
 def draw_page() -> None:
@@ -62,19 +73,24 @@ def draw_results(sweep: SweepRecord, summary: Summary) -> None:
     missing = missing_html(summary)
     if missing:
         st.html(missing)
-    with st.container(horizontal=True):
-        st.download_button(
-            "CSV", summary_csv(summary), f"{sweep.name}.csv", "text/csv", icon=":material/download:", on_click="ignore"
-        )
-        st.download_button(
-            "Markdown",
-            summary_markdown(summary),
-            f"{sweep.name}.md",
-            "text/markdown",
-            icon=":material/download:",
-            on_click="ignore",
-        )
+    draw_report(sweep)
     draw_charts(summary)
+
+
+def draw_report(sweep: SweepRecord) -> None:
+    """Buttons that save the report, which the API makes when it is asked for one."""
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.markdown("Report:", width="content", help=REPORT_HELP)
+        for form, (label, media_type) in REPORTS.items():
+            st.download_button(
+                label,
+                partial(client().report, sweep.id, form=form),
+                f"{sweep.name}.{form}",
+                media_type,
+                icon=":material/download:",
+                on_click="ignore",
+                key=f"report-{form}",
+            )
 
 
 def draw_charts(summary: Summary) -> None:

@@ -48,6 +48,21 @@ def show(sweep_id: SweepId) -> None:
 
 
 @app.command()
+def cases(
+    sweep_id: SweepId,
+    *,
+    out: Annotated[Path | None, typer.Option(help="File .json, .md or .html; the terminal if none.")] = None,
+    metric: Annotated[str, typer.Option(help="A per-item metric, or unsupported_words.")] = "unsupported_words",
+    benchmark: Annotated[str | None, typer.Option(help="Only this benchmark.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="As many items.")] = 20,
+) -> None:
+    """Show or save the items where KD is better than SFT by most: source, outputs, unsupported spans."""
+    from services.cli import case_views
+
+    case_views.show_cases(sweep_id, out=out, metric=metric, benchmark=benchmark, limit=limit)
+
+
+@app.command()
 def cancel(sweep_id: SweepId) -> None:
     """Cancel what has not ended; running students save a checkpoint."""
     from services.cli import sweep_views

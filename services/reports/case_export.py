@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from services.contract.metric_words import metric_title
 from services.contract.records import CaseOutput, CaseStudy, RunRecord
 from services.reports.colours import method_colours
+from services.reports.detectors import marked_by_first
 from services.reports.marked_text import segments
 from services.reports.page import page_html, studies_html
 
@@ -14,11 +15,19 @@ FORMATS = ("json", "md", "html")
 
 
 def export_studies(studies: Sequence[CaseStudy], runs: Sequence[RunRecord], *, title: str, form: str) -> str:
-    """The studies in one of FORMATS. ``runs`` are all runs of the sweep, for settings and colours."""
+    """The studies in one of FORMATS. ``runs`` are all runs of the sweep, for settings and colours.
+
+    JSON has the spans of every detector, the others those of the first that marked anything.
+    """
     if form == "json":
         return json.dumps([study.model_dump(mode="json") for study in studies], indent=2, ensure_ascii=False) + "\n"
     if form == "md":
-        return "\n".join([f"# {_inline(title)}", "", *(line for study in studies for line in _markdown(study))]) + "\n"
+        return (
+            "\n".join(
+                [f"# {_inline(title)}", "", *(line for study in studies for line in _markdown(marked_by_first(study)))]
+            )
+            + "\n"
+        )
     assert form == "html", f"{form} is none of {FORMATS}"
     colours = method_colours([*(run.method for run in runs), *(o.method for study in studies for o in study.outputs)])
     return page_html(title, f"{len(studies)} case studies", studies_html(studies, runs, colours))

@@ -1,9 +1,14 @@
 """What runs left in a real store, as the API tells it."""
 
-import pytest
+import json
+from pathlib import Path
 
+import pytest
+from typer.testing import CliRunner
+
+from services.cli.main import app
 from services.contract.api_client import ApiClient
-from services.contract.errors import InvalidInputError
+from services.contract.errors import InvalidInputError, SmoothKDError
 from services.contract.records import Artifact, Generation, MetricPoint, Score, Span
 from services.contract.spec import SweepSpec
 from services.contract.states import StageKind, State
@@ -111,3 +116,50 @@ def test_before_anything_ran(api: ApiClient, spec: SweepSpec) -> None:
     assert [row.cells for row in api.summary(sweep.id).rows] == [[], []]
     assert api.case_studies(sweep.id).items == []
     assert api.metrics(api.runs(sweep.id).items[0].id) == []
+
+
+def test_case_studies_by_a_metric_and_in_a_file(
+    api: ApiClient, sweep_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = api.case_studies(sweep_id, metric="support", limit=3)
+    # SFT's support of item i is 100 - 10 i, KD's 100 - 10 (i // 3).
+    assert [(one.item_id, one.metric) for one in page.items[:1]] == [("item-5", "support")]
+    assert [round(100 * one.difference) for one in page.items] == [40, 40, 30]
+    rest = api.case_studies(sweep_id, metric="support", limit=10, cursor=page.next_cursor)
+    assert [round(100 * one.difference) for one in rest.items] == [20, 20, 10, 0]
+    assert api.case_studies(sweep_id, metric="rouge_l").items == []
+    monkeypatch.setenv("SMOOTHKD_API_URL", api.url)
+    command = ["sweep", "cases", sweep_id, "--metric", "support", "--limit", "2"]
+    saved = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "cases.json")])
+    assert saved.exit_code == 0, saved.output
+    assert [one["item_id"] for one in json.loads((tmp_path / "cases.json").read_text())] == [
+        one.item_id for one in page.items[:2]
+    ]
+    assert "40.0 points better" in CliRunner().invoke(app, command).output
+    for wrong in ([*command, "--out", "cases.docx"], ["sweep", "cases", sweep_id, "--metric", "nothing"]):
+        assert isinstance(CliRunner().invoke(app, wrong).exception, SmoothKDError)
+
+
+def test_lower_is_better_turns_the_order(api: ApiClient, store: Store, spec: SweepSpec) -> None:
+    sweep = api.submit_sweep(spec)
+    for run in api.all_runs(sweep.id):
+        for stage in run.stages:
+            attempt = store.begin_attempt(stage.id, worker="w", lease_seconds=60)
+            assert attempt is not None
+            if stage.kind == StageKind.EVALUATE:
+                gain = 0.0 if run.method == "SFT" else 5.0
+                scored = [
+                    answer(number, bad=0).model_copy(update={"scores": {"cost": 20.0 - gain * (number % 2)}})
+                    for number in range(4)
+                ]
+                store.add_generations(attempt, scored)
+                cost = Score(benchmark="demo_news", metric="cost", value=1.0, items=4, higher_is_better=False)
+                store.put_scores(attempt, [cost])
+            store.end_attempt(attempt, State.SUCCEEDED)
+    found = api.case_studies(sweep.id, metric="cost").items
+    assert [(one.item_id, one.difference) for one in found] == [
+        ("item-1", pytest.approx(0.05)),
+        ("item-3", pytest.approx(0.05)),
+        ("item-0", pytest.approx(0)),
+        ("item-2", pytest.approx(0)),
+    ]

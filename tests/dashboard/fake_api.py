@@ -35,7 +35,7 @@ from services.contract.spec import SweepSpec, expand
 from services.contract.spec_reading import parse_sweep
 from services.contract.states import State
 from tests.dashboard.seed import World, make_metrics, make_summary, paper_sized, populated
-from tests.dashboard.seed_studies import make_studies
+from tests.dashboard.seed_studies import by_metric, make_studies
 
 
 class FakeApi:
@@ -65,6 +65,7 @@ class FakeApi:
         app.get("/v1/runs/{run_id}/metrics")(self.metrics)
         app.get("/v1/sweeps/{sweep_id}/summary")(self.summary)
         app.get("/v1/sweeps/{sweep_id}/case-studies")(self.case_studies)
+        app.get("/v1/sweeps/{sweep_id}/report")(self.report)
         return app
 
     def sweeps(self, limit: int = 50, cursor: str | None = None) -> Response:
@@ -116,9 +117,18 @@ class FakeApi:
         self._found(sweep_id)
         return _json(self.world.summaries[sweep_id])
 
-    def case_studies(self, sweep_id: str, limit: int = 20, cursor: str | None = None) -> Response:
+    def case_studies(
+        self, sweep_id: str, metric: str = "unsupported_words", limit: int = 20, cursor: str | None = None
+    ) -> Response:
         self._found(sweep_id)
-        return _json(_page(CaseStudyPage, self.world.studies[sweep_id], limit=limit, cursor=cursor))
+        studies = self.world.studies[sweep_id]
+        if metric != "unsupported_words":
+            studies = by_metric(studies, metric)
+        return _json(_page(CaseStudyPage, studies, limit=limit, cursor=cursor))
+
+    def report(self, sweep_id: str, format: str = "json") -> Response:
+        self._found(sweep_id)
+        return Response(f"the report of {sweep_id} as {format}", media_type="text/plain")
 
     async def _gate(self, request: Request, call_next: Callable[[Request], Any]) -> Response:
         self.requests.append(f"{request.method} {request.url.path}")

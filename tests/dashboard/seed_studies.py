@@ -52,6 +52,17 @@ def make_studies(runs: list[RunRecord]) -> list[CaseStudy]:
     return sorted(studies, key=lambda study: -study.difference)
 
 
+def by_metric(studies: list[CaseStudy], metric: str) -> list[CaseStudy]:
+    """Those that have the metric on both sides, KD's largest gain first."""
+    found = []
+    for study in studies:
+        values = [output.scores.get(metric) for output in study.outputs]
+        gains = [value - values[0] for value in values[1:] if value is not None and values[0] is not None]
+        if gains:
+            found.append(study.model_copy(update={"metric": metric, "difference": max(gains) / 100}))
+    return sorted(found, key=lambda study: -study.difference)
+
+
 def invent(summary: str, *, facts: int, noise: random.Random) -> str:
     """The summary with that many facts made up: a number changed, a name put in, an ending added."""
     if facts >= 1:

@@ -3,7 +3,7 @@
 from services.contract.records import Span
 from services.contract.states import State
 from tests.dashboard.pages import FINISHED, RUNNING, button, html
-from tests.dashboard.seed_studies import make_studies
+from tests.dashboard.seed_studies import by_metric, make_studies
 
 
 def test_side_by_side_with_marks(api, visit):
@@ -66,7 +66,7 @@ def test_filters(api, visit):
     wide = [study for study in api.world.studies[FINISHED] if round(100 * abs(study.difference)) >= 10]
     assert 0 < len(wide) < 12
     assert len(app.selectbox(key=f"item-{FINISHED}").options) == len(wide)
-    app.selectbox(key=f"better-{FINISHED}").select("SFT better supported").run()
+    app.selectbox(key=f"better-{FINISHED}").select("SFT better").run()
     assert "No item differs by that much" in app.info[0].value
 
 
@@ -93,3 +93,33 @@ def test_studies_are_read_again_only_when_a_run_changes_state(api, visit):
     api.world.set_run(RUNNING, 2, State.SUCCEEDED)
     api.world.studies[RUNNING] = make_studies([runs[0], runs[2]])
     assert html(app.run()).count('<article class="sk-card sk-output"') == 2
+
+
+def test_items_are_found_by_each_metric(api, visit):
+    app = visit("case_studies", sweep=FINISHED)
+    box = app.selectbox(key=f"metric-{FINISHED}")
+    assert box.options[:2] == ["Unsupported words", "ROUGE-L"]
+    box.select("rouge_l").run()
+    first = by_metric(api.world.studies[FINISHED], "rouge_l")[0]
+    assert app.query_params["item"] == first.item_id
+    assert f"ROUGE-L: <strong>{100 * first.difference:.1f} points better</strong>" in html(app)
+
+
+def test_what_is_shown_can_be_saved(api, visit):
+    app = visit("case_studies", sweep=FINISHED)
+    assert [one.proto.label for one in app.get("download_button")] == ["JSON", "Markdown", "HTML"]
+    assert "Save these 12:" in [one.value for one in app.markdown]
+
+
+def test_how_far_detectors_agree(api, visit):
+    first = api.world.studies[FINISHED][0]
+    output = first.outputs[0]
+    half = len(output.output) // 2
+    marks = [
+        Span(start=0, end=end, detector=detector, kind="word", score=1, explanation="x")
+        for detector, end in (("support", half), ("lookback", len(output.output)))
+    ]
+    api.world.studies[FINISHED][0] = first.model_copy(update={"outputs": [output.model_copy(update={"spans": marks})]})
+    app = visit("case_studies", sweep=FINISHED)
+    share = half / len(output.output)
+    assert f"Support and Factual rate {share:.0%}" in " ".join(one.value for one in app.caption)

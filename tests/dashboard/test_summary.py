@@ -1,7 +1,5 @@
-"""The result table on the page, as CSV and as Markdown says the same, gaps and their reasons included."""
+"""The result table on the page, gaps and their reasons included."""
 
-import csv
-import io
 import re
 
 import pytest
@@ -11,8 +9,6 @@ from dashboard.render.summary_table import (
     headline_html,
     missing_lines,
     summary_columns,
-    summary_csv,
-    summary_markdown,
     summary_table_html,
 )
 from services.contract.records import Summary, SummaryCell, SummaryRow
@@ -59,37 +55,6 @@ def test_table_in_the_papers_form(summary):
         ["KD alpha=1", "2", "★ 25.00 ± 0.25", "★ 90.50 ± 2.00"],
     ]
     assert 'title="no | detector">–' in summary_table_html(summary)
-
-
-def test_csv_carries_every_number_in_full(summary):
-    rows = list(csv.DictReader(io.StringIO(summary_csv(summary))))
-    assert [(one["method"], one["metric"], one["mean"], one["std"], one["best"]) for one in rows] == [
-        ("SFT", "rouge_l", "20.125", "1.5", "false"),
-        ("SFT", "support", "80.0", "0.5", "false"),
-        ("KD alpha=0.1", "rouge_l", "19.0", "", "false"),
-        ("KD alpha=0.1", "support", "", "", "false"),
-        ("KD alpha=1", "rouge_l", "25.0", "0.25", "true"),
-        ("KD alpha=1", "support", "90.5", "2.0", "true"),
-    ]
-    assert rows[3]["missing"] == "no | detector"
-
-
-def test_markdown_keeps_its_columns_and_explains_gaps(summary):
-    lines = summary_markdown(summary).splitlines()
-    table = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines[:5]]
-    assert {len(parts) for parts in table} == {4}
-    assert [part.strip() for part in table[0]] == ["Method", "Runs", "demo_news ROUGE-L", "demo_news Support"]
-    assert [part.strip() for part in table[4]] == ["KD alpha=1", "2", "**25.00 ± 0.25**", "**90.50 ± 2.00**"]
-    assert lines[-1] == "- KD alpha=0.1 lacks demo_news Support: no | detector"
-
-
-def test_a_pipe_in_a_name_does_not_make_a_column():
-    odd = Summary(
-        sweep_id="s",
-        state=State.SUCCEEDED,
-        rows=[row("SFT", 0, [cell("rouge_l", 1.0, benchmark="a|b")])],
-    )
-    assert {len(re.split(r"(?<!\\)\|", line)) for line in summary_markdown(odd).splitlines()} == {5}
 
 
 def test_gaps_of_one_reason_are_one_line():

@@ -7,7 +7,7 @@ def test_table_downloads_and_charts(api, visit):
     app = visit("summary", sweep=FINISHED)
     assert html(app).count("★") == 4
     assert "KD alpha=0.1 lacks xsum Support: the detector&#x27;s model is not installed" in html(app)
-    assert [button.proto.label for button in app.get("download_button")] == ["CSV", "Markdown"]
+    assert [button.proto.label for button in app.get("download_button")] == ["HTML page", "Markdown", "CSV", "LaTeX"]
     assert len(charts(app)) == 4
 
 

@@ -66,7 +66,9 @@ def test_lower_is_better_and_open_ones_are_said_to_be_open() -> None:
         side("B", [generation(i, ece=3.0, rouge_l=20.0 + flip[i]) for i in range(60)], ece),
     )
     assert {one.metric: one.b_better for one in found.differences} == {"ece": True, "rouge_l": None}
-    assert found.verdict.startswith("No measure of faithfulness is on both sides. Better in B: ece of demo_news (-2.00")
+    assert found.verdict.startswith(
+        "No measure of faithfulness is on both sides. Better in B: Calibration error of demo_news (-2.00"
+    )
     assert "Open: ROUGE-L of demo_news" in found.verdict
 
 

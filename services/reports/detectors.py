@@ -1,0 +1,60 @@
+"""Which detectors marked a case study's outputs, and how far they agree."""
+
+from collections.abc import Sequence
+from itertools import combinations
+
+from services.contract.metric_words import DETECTORS
+from services.contract.records import CaseOutput, CaseStudy, Span
+
+Pair = tuple[str, str]
+
+
+def detectors_of(study: CaseStudy) -> list[str]:
+    """Those that marked something in one of the outputs, those of DETECTORS first and in its order."""
+    found = {span.detector for output in study.outputs for span in output.spans}
+    return [*(name for name in DETECTORS if name in found), *sorted(found - set(DETECTORS))]
+
+
+def marked_by(study: CaseStudy, detector: str) -> CaseStudy:
+    """The study with this detector's spans alone."""
+    outputs = [
+        output.model_copy(update={"spans": [span for span in output.spans if span.detector == detector]})
+        for output in study.outputs
+    ]
+    return study.model_copy(update={"outputs": outputs})
+
+
+def marked_by_first(study: CaseStudy) -> CaseStudy:
+    """The study with the spans of the first of its detectors: those of all together would mark too much."""
+    detectors = detectors_of(study)
+    return marked_by(study, detectors[0]) if len(detectors) > 1 else study
+
+
+def agreement(outputs: Sequence[CaseOutput], detectors: Sequence[str]) -> dict[Pair, float]:
+    """For each pair of detectors, the share of the outputs' characters that both mark or neither, 0 to 1."""
+    marks = {
+        name: [
+            covered
+            for output in outputs
+            for covered in covered_characters(
+                len(output.output), [span for span in output.spans if span.detector == name]
+            )
+        ]
+        for name in detectors
+    }
+    characters = sum(len(output.output) for output in outputs)
+    if not characters:
+        return {}
+    return {
+        (one, other): sum(a == b for a, b in zip(marks[one], marks[other], strict=True)) / characters
+        for one, other in combinations(detectors, 2)
+    }
+
+
+def covered_characters(length: int, spans: Sequence[Span]) -> list[bool]:
+    """For each character of a text whether a span covers it."""
+    covered = [False] * length
+    for span in spans:
+        for place in range(span.start, min(span.end, length)):
+            covered[place] = True
+    return covered

@@ -1,0 +1,109 @@
+"""Case studies in files: nothing lost in JSON, nothing of a model's text taken for markup in Markdown or HTML."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from markdown_it import MarkdownIt
+
+from services.contract.records import CaseOutput, CaseStudy, Span
+from services.reports.case_export import export_studies
+from services.reports.detectors import agreement, covered_characters, detectors_of, marked_by, marked_by_first
+from tests.reports.made import make_runs
+
+HOSTILE = (
+    "</div><script>alert(1)</script> **b** [x](javascript:alert(1)) <img src=x onerror=alert(1)> `c` | $y$\n# no title"
+)
+
+
+def span(start: int, end: int, detector: str = "support", explanation: str = "not in the source") -> Span:
+    return Span(start=start, end=end, detector=detector, kind="word", score=0.7, explanation=explanation)
+
+
+def study(text: str = HOSTILE, *, spans: list[Span] | None = None) -> CaseStudy:
+    marks = spans if spans is not None else [span(0, 6), span(3, 14, "lookback", HOSTILE)]
+    outputs = [
+        CaseOutput(run_id=run_id, method=method, output=text, scores={"support": 41.5}, spans=marks)
+        for run_id, method in (("run-0", "SFT"), ("run-8", "KD alpha=1"))
+    ]
+    return CaseStudy(
+        benchmark="demo_news", item_id="item|1", source=text, reference=text, outputs=outputs, difference=0.25
+    )
+
+
+class Elements(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.text = ""
+        self.marked = ""
+        self._open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self._open.append(tag if ("class", "sk-tip") not in attrs else "tip")
+
+    def handle_endtag(self, tag: str) -> None:
+        if self._open:
+            self._open.pop()
+
+    def handle_data(self, data: str) -> None:
+        if "tip" in self._open or "style" in self._open:
+            return
+        self.text += data
+        self.marked += data if "mark" in self._open else ""
+
+
+def test_json_is_the_records() -> None:
+    text = export_studies([study()], make_runs(), title="t", form="json")
+    assert [CaseStudy.model_validate(one) for one in json.loads(text)] == [study()]
+
+
+def test_html_shows_the_text_and_runs_nothing() -> None:
+    page = Elements()
+    page.feed(export_studies([study()], make_runs(), title=HOSTILE, form="html"))
+    assert not {"script", "img", "a", "iframe"} & set(page.tags)
+    assert page.text.count(HOSTILE) == 6  # title, heading, reference, source and two outputs
+    assert page.marked == HOSTILE[:6] * 2
+
+
+def test_markdown_renders_to_the_same_text() -> None:
+    text = export_studies([study()], make_runs(), title="Cases", form="md")
+    rendered = MarkdownIt("commonmark", {"html": True}).render(text)
+    page = Elements()
+    page.feed(rendered)
+    assert not {"script", "img", "a", "code", "table"} & set(page.tags)
+    assert page.tags.count("h1") == 1
+    assert "25.0 points better" in page.text
+    quoted = re.sub(r"\s+", " ", page.text)
+    assert quoted.count(re.sub(r"\s+", " ", HOSTILE)) == 4
+    assert page.tags.count("strong") == 2
+    assert "“\\</div\\>”: not in the source" in text
+
+
+def test_neighbouring_spans_are_one_bold_piece() -> None:
+    one = study("Ana Lee won", spans=[span(0, 3), span(2, 7)])
+    text = export_studies([one], make_runs(), title="t", form="md")
+    assert "> **Ana Lee** won" in text
+    rendered = MarkdownIt().render(export_studies([study("a b", spans=[span(0, 2)])], [], title="t", form="md"))
+    assert "<strong>a</strong> b" in rendered
+
+
+def test_agreement_of_detectors_by_characters() -> None:
+    outputs = study("0123456789", spans=[span(0, 4), span(2, 6, "lookback"), span(9, 99, "nli")]).outputs
+    # support 0-3, lookback 2-5, nli 9: unlike are 0, 1, 4, 5 / 0-3, 9 / 2-5, 9.
+    assert agreement(outputs, ["support", "lookback", "nli"]) == {
+        ("support", "lookback"): pytest.approx(0.6),
+        ("support", "nli"): pytest.approx(0.5),
+        ("lookback", "nli"): pytest.approx(0.5),
+    }
+    assert covered_characters(3, [span(1, 9)]) == [False, True, True]
+    assert agreement(study("", spans=[]).outputs, ["support", "nli"]) == {}
+
+
+def test_the_first_detector_marks_a_page() -> None:
+    both = study("0123456789", spans=[span(0, 4, "lookback"), span(2, 6), span(1, 2, "own")])
+    assert detectors_of(both) == ["support", "lookback", "own"]
+    assert [one.detector for one in marked_by_first(both).outputs[0].spans] == ["support"]
+    assert [one.detector for one in marked_by(both, "own").outputs[1].spans] == ["own"]
