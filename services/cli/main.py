@@ -368,7 +368,9 @@ def overconfidence(
 def stage(stage_id: str, *, attempt: Annotated[int, typer.Option(min=1)]) -> None:
     """Run one stage that a worker has begun."""
     from services.cli.stage import run_stage
+    from services.telemetry import start_telemetry
 
+    start_telemetry("smoothkd-trainer")
     run_stage(stage_id, attempt_number=attempt, settings=_settings())
 
 
