@@ -124,16 +124,24 @@ class Stream:
         self._sequences = sequences
         self._tokens = tokens
         self._reserved = False
+        self._refusal: OverloadedError | None = None
         self._request_bytes = request_bytes
         self._label_bytes = 0
         self._count(request_bytes)
 
     def reserve(self) -> None:
-        """Count what this request still lacks as waiting; OverloadedError where there is no room for it."""
-        if not self._reserved:
-            self._admission.require_room(self._account, sequences=self._sequences, tokens=self._tokens)
-            self._reserved = True
-            self._wait_for(sequences=self._sequences, tokens=self._tokens)
+        """Count what this request still lacks as waiting; OverloadedError where there was no room for it."""
+        if self._reserved:
+            return
+        if self._refusal is None:
+            try:
+                self._admission.require_room(self._account, sequences=self._sequences, tokens=self._tokens)
+            except OverloadedError as error:
+                self._refusal = error
+        if self._refusal is not None:
+            raise self._refusal.with_traceback(None)
+        self._reserved = True
+        self._wait_for(sequences=self._sequences, tokens=self._tokens)
 
     def finish(self, *, tokens: int) -> None:
         """One sequence waits no longer."""

@@ -61,8 +61,9 @@ class Scoring:
     ) -> AsyncGenerator[bytes, None]:
         """A ScoreSequencesResponse per sequence, serialised, as each is there.
 
-        Raises OverloadedError at the first sequence that has to be computed and for which there is no room; the error
-        of a sequence that failed after all others have been answered. Closing the iterator frees the work.
+        OverloadedError comes before any answer, or after those from the cache, where there is no room for what has to
+        be computed; the error of a sequence that failed comes after all others were answered. Closing the iterator
+        frees the work.
         """
 
         async def answer(sequence: TokenSequence, stream: Stream) -> bytes:
@@ -74,8 +75,11 @@ class Scoring:
             )
             return head.SerializeToString() + payload.data
 
+        # Read once: a head that makes room meanwhile must not change what was counted.
+        student_hidden_size = self._engine.student_heads.width_if_here(options.student_head)
+
         def size(sequence: TokenSequence) -> int:
-            return self._label_bytes(sequence, options)
+            return self._label_bytes(sequence, options, student_hidden_size=student_hidden_size)
 
         # Those of like length share batches, and what needs most memory shows at once.
         longest_first = sorted(sequences, key=_tokens, reverse=True)
@@ -154,13 +158,14 @@ class Scoring:
             await asyncio.to_thread(self._cache.put, key, data)
         return Payload(data=data, from_cache=False)
 
-    def _label_bytes(self, sequence: TokenSequence, options: LabelOptions) -> int:
+    def _label_bytes(self, sequence: TokenSequence, options: LabelOptions, *, student_hidden_size: int) -> int:
         computed, sent = numpy_dtype(self._card.weights_dtype), numpy_dtype(self._label_dtype)
         return _OVERHEAD_BYTES + label_bytes(
             options,
             positions=len(sequence.label_positions),
             vocab_size=self._card.vocab_size,
             hidden_size=self._card.hidden_size,
+            student_hidden_size=student_hidden_size,
             state_bytes=max(computed.itemsize, sent.itemsize),
         )
 
@@ -192,14 +197,13 @@ async def _as_they_come(
             error = task.exception()
             if error is None:
                 yield task.result()
-            elif isinstance(error, OverloadedError) or not isinstance(error, Exception):
-                raise error
             else:
                 failures.append(_failed(item, error))
             del task
             stream.hold(-size(item))
         if failures:
-            raise failures[0]
+            # What is to be asked again later says nothing about what fails for good.
+            raise min(failures, key=lambda failure: isinstance(failure, OverloadedError))
     finally:
         for task in under_way:
             task.cancel()
@@ -215,7 +219,9 @@ def _plain(sequence: TokenSequence) -> TokenSequence:
     return TokenSequence(id="", token_ids=list(sequence.token_ids), label_positions=list(sequence.label_positions))
 
 
-def _failed(item: TokenSequence | Prompt, error: Exception) -> SmoothKDError:
+def _failed(item: TokenSequence | Prompt, error: BaseException) -> SmoothKDError:
+    if isinstance(error, OverloadedError):
+        return error
     kind = type(error) if isinstance(error, SmoothKDError) else SmoothKDError
     what, fix, details = (error.what, error.fix, error.details) if isinstance(error, SmoothKDError) else (error, "", {})
     return kind(

@@ -34,7 +34,7 @@ def honest_answer(message: pb.ScoreSequence) -> pb.ScoreSequencesResponse:
         ScoredSequence(
             id=message.id,
             sequence_hash=hash_sequence(message.token_ids, message.label_positions),
-            token_logprobs_N=np.zeros(count, dtype=np.float32),
+            token_logprobs_P=np.zeros(count, dtype=np.float32),
             labels=ExactLabels(hidden_ND=np.ones((count, 4), dtype=np.float32)),
         )
     )
@@ -152,6 +152,31 @@ def test_more_sequences_than_a_request_may_hold_are_split() -> None:
     assert sizes == [16, 16, 8]
 
 
+def test_requests_stay_below_the_size_that_a_teacher_accepts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("student_trainer.teacher_client.MAX_REQUEST_BYTES", 20_000)
+    ids = [2_000_000] * 1000
+    sequences = [
+        TokenSequence(id=str(index), token_ids=ids[: 4 if index else 1000], label_positions=[1, 2])
+        for index in range(30)
+    ]
+    # Larger than a request by itself, and asked for nevertheless.
+    sequences.append(TokenSequence(id="large", token_ids=ids * 10, label_positions=[1, 2]))
+    requests: list[list[str]] = []
+    with served(Liar(lambda answers: requests.append([answer.id for answer in answers]) or answers)) as client:
+        assert len(list(client.score(sequences))) == 31
+    by_id = {sequence.id: sequence for sequence in sequences}
+    for request in requests[:-1]:
+        message = pb.ScoreSequencesRequest(
+            sequences=[
+                pb.ScoreSequence(id=id, token_ids=by_id[id].token_ids, label_positions=by_id[id].label_positions)
+                for id in request
+            ]
+        )
+        assert message.ByteSize() <= 20_000
+    assert requests[-1] == ["large"]
+    assert len(requests) <= 4
+
+
 def test_an_id_asked_for_twice_is_refused() -> None:
     with (
         served(Liar(lambda answers: answers)) as client,
@@ -253,7 +278,7 @@ def scored_by(head: LmHead, *, wire: Any, shift: int = 0) -> tuple[ScoredSequenc
     logprobs = log_softmax(head.logits(hidden))
     told = logprobs[np.arange(39), ids[1 + shift : 40 + shift]].astype(np.float32)
     labels = ExactLabels(hidden_ND=hidden.astype(wire))
-    return ScoredSequence(id="x", sequence_hash=b"", token_logprobs_N=told, labels=labels), sequence
+    return ScoredSequence(id="x", sequence_hash=b"", token_logprobs_P=told, labels=labels), sequence
 
 
 @pytest.mark.parametrize("wire", [np.float32, np.float16, ml_dtypes.bfloat16])

@@ -22,6 +22,7 @@ from services.contract.errors import (
 from services.contract.sequences import DecodeOptions, Prompt, TokenSequence
 from student_trainer.alignment import verify_token_logprobs
 from student_trainer.teacher_client import TeacherClient
+from teacher_server.admission import Limits
 from teacher_server.server import TeacherOptions
 from tests.teacher.serving import free_port, health_of, long_sequences, running_teacher, teacher_process
 
@@ -172,18 +173,22 @@ def test_scores_run_between_the_steps_of_a_decode(model_of: Callable[[str], Path
 def test_a_slow_reader_bounds_what_is_computed_for_it(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from teacher_server import batching, mock_engine
+    from teacher_server import mock_engine
 
-    monkeypatch.setattr(batching, "UNREAD_BYTES", 100_000)
     computed = []
     original = mock_engine.MockModel.score
     monkeypatch.setattr(
         mock_engine.MockModel, "score", lambda self, work: computed.extend(work) or original(self, work)
     )
     positions = list(range(1, 400))
-    sequences = [TokenSequence(id=str(index), token_ids=[7] * 400, label_positions=positions) for index in range(500)]
+    sequences = [
+        TokenSequence(id=str(index), token_ids=[index % 300, index // 300] * 200, label_positions=positions)
+        for index in range(500)
+    ]
+    # The request takes 2.4 MB of it, labels of one sequence 0.1 MB.
+    options = TeacherOptions(model="300", engine="mock", port=0, limits=Limits(held_bytes_per_client=4_000_000))
     with (
-        running_teacher(TeacherOptions(model="300", engine="mock", port=0)) as address,
+        running_teacher(options) as address,
         TeacherClient(address) as reader,
         TeacherClient(address) as other,
     ):
