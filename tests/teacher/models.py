@@ -6,14 +6,20 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BloomConfig,
     CohereConfig,
     Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
+    GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
+    MistralConfig,
+    OPTConfig,
     PhiConfig,
     PretrainedConfig,
     Qwen2Config,
+    Qwen3Config,
 )
 
 _SMALL = {
@@ -34,7 +40,33 @@ ARCHITECTURES = {
     "granite-scaled": lambda rows: GraniteConfig(vocab_size=rows, logits_scaling=3.0, **_SMALL),
     "cohere-scaled": lambda rows: CohereConfig(vocab_size=rows, logit_scale=0.5, **_SMALL),
     "phi-bias": lambda rows: PhiConfig(vocab_size=rows, tie_word_embeddings=False, **_SMALL),
-    "gpt2-tied": lambda rows: GPT2Config(vocab_size=rows, n_embd=32, n_layer=2, n_head=4, n_positions=256),
+    "qwen3-untied": lambda rows: Qwen3Config(vocab_size=rows, head_dim=8, tie_word_embeddings=False, **_SMALL),
+    "gemma3-scaled-embeddings": lambda rows: Gemma3TextConfig(
+        vocab_size=rows, head_dim=8, query_pre_attn_scalar=8, sliding_window=16, **_SMALL
+    ),
+    "mistral-sliding": lambda rows: MistralConfig(vocab_size=rows, sliding_window=16, **_SMALL),
+    "neox-embed-out": lambda rows: GPTNeoXConfig(vocab_size=rows + 5, tie_word_embeddings=False, **_SMALL),
+    "opt-projected": lambda rows: OPTConfig(
+        vocab_size=rows,
+        hidden_size=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        word_embed_proj_dim=24,
+        dropout=0.0,
+    ),
+    "bloom-normed-embeddings": lambda rows: BloomConfig(vocab_size=rows, hidden_size=32, n_layer=2, n_head=4),
+    "gpt2-tied": lambda rows: GPT2Config(
+        vocab_size=rows,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=256,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    ),
 }
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from services.contract.spec import RunSpec
 from services.datasets.reading import load_records
@@ -60,3 +60,24 @@ def stop_after(asked: int) -> Callable[[], bool]:
     """Says stop once it was asked so often; it is asked after every record."""
     left = iter(range(asked))
     return lambda: next(left, None) is None
+
+
+def plainly_trained(spec: RunSpec, model_directory: Path) -> PreTrainedModel:
+    """Supervised fine-tuning as anybody would write it: AdamW on transformers' own token mean, a seeded order."""
+    tokenizer = AutoTokenizer.from_pretrained(model_directory)
+    model = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32)
+    examples = encode_examples(load_records(spec.dataset), tokenizer, max_length=spec.training.max_length)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=spec.learning_rate, weight_decay=0.0)
+    for epoch in range(spec.training.epochs):
+        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(spec.seed + epoch)).tolist()
+        for start in range(0, len(order), spec.batch_size):
+            batch = collate([examples[index] for index in order[start : start + spec.batch_size]])
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            loss = torch.nn.functional.cross_entropy(
+                logits[:, :-1, : len(tokenizer)].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100
+            )
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), spec.training.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+    return model.requires_grad_(False)

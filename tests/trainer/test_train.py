@@ -9,33 +9,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from services.contract.records import MetricPoint
 from services.contract.settings import Settings
-from services.contract.spec import RunSpec
 from services.contract.spec_reading import load_run
 from services.datasets.reading import load_records
 from student_trainer.data import collate, encode_examples
 from student_trainer.train import train
-from tests.trainer.runs import MakeRun, assert_close_weights, mean_divergence, weights
-
-
-def plain_sft(spec: RunSpec, model_directory: Path) -> dict[str, torch.Tensor]:
-    """Supervised fine-tuning as anybody would write it: AdamW on transformers' own token mean, a seeded order."""
-    tokenizer = AutoTokenizer.from_pretrained(model_directory)
-    model = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32)
-    examples = encode_examples(load_records(spec.dataset), tokenizer, max_length=spec.training.max_length)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=spec.learning_rate, weight_decay=0.0)
-    for epoch in range(spec.training.epochs):
-        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(spec.seed + epoch)).tolist()
-        for start in range(0, len(order), spec.batch_size):
-            batch = collate([examples[index] for index in order[start : start + spec.batch_size]])
-            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-            loss = torch.nn.functional.cross_entropy(
-                logits[:, :-1, : len(tokenizer)].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100
-            )
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), spec.training.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+from tests.trainer.runs import MakeRun, assert_close_weights, mean_divergence, plainly_trained, weights
 
 
 def test_sft_equals_a_plain_training_loop(
@@ -43,7 +21,7 @@ def test_sft_equals_a_plain_training_loop(
 ) -> None:
     spec = make_run(training={"warmup_ratio": 0.0, "epochs": 2})
     trained = weights(train(spec, out=tmp_path / "run", settings=settings))
-    expected = plain_sft(spec, student_model)
+    expected = dict(plainly_trained(spec, student_model).named_parameters())
     before = weights(student_model)
     for name, tensor in trained.items():
         assert (expected[name] - tensor).norm() <= 1e-3 * (expected[name] - before[name]).norm() + 1e-6, name
