@@ -11,6 +11,7 @@ from services.contract.spec import RunSpec
 from services.contract.spec_reading import parse_run
 from services.models.tiny import make_tiny_model
 from teacher_server.server import TeacherOptions
+from tests.teacher.models import make_model
 from tests.teacher.serving import running_teacher
 
 RECORDS = [
@@ -62,6 +63,19 @@ def records_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("records") / "records.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in RECORDS), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def family(student_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The directory of a tiny model of a family."""
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            made[name] = make_model(name, tmp_path_factory.mktemp(name), tokenizer_from=student_model)
+        return made[name]
+
+    return get
 
 
 @pytest.fixture

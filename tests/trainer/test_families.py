@@ -14,25 +14,12 @@ from student_trainer.loss import distillation_loss
 from student_trainer.student import final_hidden_states, load_student, output_head
 from student_trainer.targets import ExactTargets, SoftTargets
 from student_trainer.train import train
-from tests.teacher.models import ARCHITECTURES, make_model
+from tests.teacher.models import ARCHITECTURES
 from tests.trainer.conftest import RECORDS
 from tests.trainer.loss_reference import top_k_targets
 from tests.trainer.runs import MakeRun, plainly_trained
 
 FAMILIES = sorted(ARCHITECTURES)
-
-
-@pytest.fixture(scope="module")
-def family(student_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The directory of a tiny model of a family."""
-    made: dict[str, Path] = {}
-
-    def get(name: str) -> Path:
-        if name not in made:
-            made[name] = make_model(name, tmp_path_factory.mktemp(name), tokenizer_from=student_model)
-        return made[name]
-
-    return get
 
 
 @pytest.mark.parametrize("labels", ["none", "exact", "top_k"])
