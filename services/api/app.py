@@ -13,7 +13,7 @@ from services.api.document import PROBLEMS, complete_document
 from services.api.evidence import make_ranking, make_reporting
 from services.api.preflight import TeacherProbe, probe_teacher
 from services.api.problems import UnknownErrors, answer_with_problems
-from services.api.routes import events, health, reports, results, runs, sweeps
+from services.api.routes import annotations, events, health, reports, results, runs, sweeps
 from services.contract.hosts import bind_error
 from services.contract.settings import Settings
 from services.logs import configure_logging
@@ -61,7 +61,7 @@ def create_app(settings: Settings, store: Store, queue: Queue, *, probe: Teacher
     app.state.settings, app.state.store, app.state.queue = settings, store, queue
     app.state.reconciler, app.state.probe = reconciler, probe
     app.state.ranking, app.state.reporting = make_ranking(store), make_reporting(store)
-    for part in (sweeps, events, runs, results, reports):
+    for part in (sweeps, events, runs, results, reports, annotations):
         app.include_router(part.router, prefix="/v1", dependencies=[Depends(require_key)], responses=PROBLEMS)
     app.include_router(health.router)
     complete_document(app)

@@ -13,7 +13,9 @@ from urllib.parse import quote
 import httpx
 from pydantic import SecretStr, ValidationError
 
+from services.contract.annotation_records import Annotation, AnnotationList, AnnotatorAgreement, NewAnnotation
 from services.contract.errors import ApiUnavailableError, SmoothKDError
+from services.contract.event_stream import parse_event_stream
 from services.contract.problems import ProblemDetails, revive
 from services.contract.records import (
     Artifact,
@@ -149,6 +151,25 @@ class ApiClient:
         path = f"/v1/sweeps/{_part(sweep_id)}/report"
         return self._request("GET", path, params={"format": form}, timeout=REPORT_SECONDS).text
 
+    def write_annotation(self, run_id: str, annotation: NewAnnotation) -> Annotation:
+        """Replaces an earlier one of the same person on the same output."""
+        path = f"/v1/runs/{_part(run_id)}/annotations"
+        content, headers = annotation.model_dump_json(), {"Content-Type": "application/json"}
+        return self._read(self._request("POST", path, content=content, headers=headers), Annotation)
+
+    def annotations(self, sweep_id: str, *, annotator: str | None = None) -> list[Annotation]:
+        """What people marked in the outputs of a sweep's runs."""
+        path = f"/v1/sweeps/{_part(sweep_id)}/annotations"
+        return self._get(path, AnnotationList, annotator=annotator).items
+
+    def annotator_agreement(self, sweep_id: str) -> AnnotatorAgreement:
+        return self._get(f"/v1/sweeps/{_part(sweep_id)}/annotations/agreement", AnnotatorAgreement)
+
+    def lens_labels(self, sweep_id: str, *, annotator: str | None = None) -> str:
+        """People's judgements as JSON lines for ``smoothkd lens train``; the majority's, or one person's."""
+        given = {"annotator": annotator} if annotator is not None else {}
+        return self._request("GET", f"/v1/sweeps/{_part(sweep_id)}/annotations/export", params=given).text
+
     def ready(self) -> Readiness:
         """Raises QueueUnavailableError or SmoothKDError naming the part that is not ready."""
         return self._get("/readyz", Readiness)
@@ -208,7 +229,7 @@ class ApiClient:
                 response = self._http.request(method, path, **options)
             except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
                 # A kept-alive connection that the server has closed. Every request here may be sent twice:
-                # GET and cancel change nothing the second time, and a specification carries its Idempotency-Key.
+                # GET, cancel and annotations change nothing the second time; a specification has its Idempotency-Key.
                 response = self._http.request(method, path, **options)
         self._raise_for(response)
         return response
@@ -255,27 +276,6 @@ class ApiClient:
             f"{self.url} answers, but not as this release of the smoothkd API does: {answer}",
             fix="Check SMOOTHKD_API_URL, and that API and client are of the same release.",
         )
-
-
-def parse_event_stream(lines: Iterator[str]) -> Iterator[tuple[str, str]]:
-    """(last event id, data) of each event in a text/event-stream.
-
-    Source: WHATWG HTML, section 9.2.6. Comments and event names are dropped; ``lines`` come without their ends.
-    """
-    event_id = ""
-    data: list[str] = []
-    for line in lines:
-        if not line:
-            if data:
-                yield event_id, "\n".join(data)
-            data = []
-            continue
-        field, _, value = line.partition(":")
-        value = value.removeprefix(" ")
-        if field == "data":
-            data.append(value)
-        elif field == "id" and "\0" not in value:
-            event_id = value
 
 
 def _as_json(spec: SweepSpec) -> dict[str, Any]:

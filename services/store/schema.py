@@ -2,7 +2,7 @@
 
     sweeps ──< runs ──< run_stages >── stages ──< attempts
                 │                        └──< stage_needs >── stages
-                └──< metrics, generations, scores, artifacts
+                └──< metrics, generations, scores, artifacts, annotations
 
 Times are seconds since 1970 by the database's clock, so that a lease means the same to workers whose own
 clocks differ.
@@ -154,6 +154,17 @@ artifacts = Table(
     Column("run_id", ForeignKey("runs.id"), primary_key=True),
     Column("name", String(255), primary_key=True),
     Column("path", Text, nullable=False),
+)
+
+annotations = Table(
+    "annotations",
+    metadata,
+    Column("run_id", ForeignKey("runs.id"), primary_key=True),
+    Column("benchmark", String(100), primary_key=True),
+    Column("item_id", Text, primary_key=True),
+    Column("annotator", String(100), primary_key=True),
+    Column("spans", JSON, nullable=False),
+    Column("written_at", Double, nullable=False),
 )
 
 # One row. Every write that a viewer would care about adds 1, last in its transaction, so that who reads the

@@ -10,6 +10,7 @@ from typing import Any
 from sqlalchemy import Connection, Table, select, update
 from sqlalchemy.exc import IntegrityError
 
+from services.contract.annotation_records import Annotation, NewAnnotation
 from services.contract.errors import InvalidInputError
 from services.contract.records import (
     Artifact,
@@ -26,7 +27,7 @@ from services.contract.records import (
 )
 from services.contract.spec import SweepSpec
 from services.contract.states import State
-from services.store import attempts, results, schema, stages, sweeps
+from services.store import annotations, attempts, results, schema, stages, sweeps
 from services.store.database import Database
 from services.store.stages import Attempt
 
@@ -230,6 +231,27 @@ class Store:
         with self._reading_run(run_id) as connection:
             return results.read_artifacts(connection, run_id)
 
+    def write_annotation(self, run_id: str, annotation: NewAnnotation) -> Annotation:
+        """Replaces an earlier one of the same person on the same output.
+
+        NotFoundError for an output that the run does not have, InvalidInputError for spans beyond its end.
+        """
+        # No viewer of a sweep's progress waits for it: the change counter stays as it is.
+        with self._database.writing() as connection:
+            self._require_run(connection, run_id)
+            return annotations.write_annotation(connection, run_id, annotation)
+
+    def annotations(self, run_id: str) -> list[Annotation]:
+        """By benchmark, item and annotator."""
+        with self._reading_run(run_id) as connection:
+            return annotations.read_annotations(connection, run_id=run_id)
+
+    def sweep_annotations(self, sweep_id: str) -> list[Annotation]:
+        """Of all runs of a sweep, by run, benchmark, item and annotator."""
+        with self._database.reading() as connection:
+            sweeps.read_sweep(connection, sweep_id)
+            return annotations.read_annotations(connection, sweep_id=sweep_id)
+
     def change_counter(self) -> int:
         """Grows with every write that a viewer would care about: read it before the data it stands for."""
         with self._database.reading() as connection:
@@ -250,9 +272,12 @@ class Store:
     @contextmanager
     def _reading_run(self, run_id: str) -> Iterator[Connection]:
         with self._database.reading() as connection:
-            if connection.execute(select(schema.runs.c.id).where(schema.runs.c.id == run_id)).first() is None:
-                raise sweeps.no_run(run_id)
+            self._require_run(connection, run_id)
             yield connection
+
+    def _require_run(self, connection: Connection, run_id: str) -> None:
+        if connection.execute(select(schema.runs.c.id).where(schema.runs.c.id == run_id)).first() is None:
+            raise sweeps.no_run(run_id)
 
 
 def _known_sweep(connection: Connection, spec: SweepSpec, idempotency_key: str | None) -> str | None:

@@ -9,8 +9,9 @@ import httpx
 import pytest
 
 from services.api.routes.events import follow
-from services.contract.api_client import ApiClient, parse_event_stream
+from services.contract.api_client import ApiClient
 from services.contract.errors import ApiUnavailableError
+from services.contract.event_stream import parse_event_stream
 from services.contract.records import Problem, SweepEvent
 from services.contract.spec import SweepSpec
 from services.contract.states import State
