@@ -15,8 +15,6 @@ MATMUL_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.fl
 MOST_POINTS = 1000
 """Points of a metric's curve; runs of more steps log every few."""
 
-CHECKPOINTS_KEPT = 2
-
 
 def training_arguments(spec: RunSpec, checkpoints: Path, *, steps: int) -> TrainingArguments:
     """``steps``: what ``optimizer_steps`` says. UnsupportedError for fp16 without a GPU."""
@@ -42,7 +40,8 @@ def training_arguments(spec: RunSpec, checkpoints: Path, *, steps: int) -> Train
         gradient_checkpointing=training.gradient_checkpointing,
         save_strategy="steps",
         save_steps=training.checkpoint_steps,
-        save_total_limit=CHECKPOINTS_KEPT,
+        # RunDirectory drops old checkpoints, once the newest is marked whole.
+        save_total_limit=None,
         logging_strategy="steps",
         logging_steps=math.ceil(steps / MOST_POINTS),
         # A loss that is not finite stops the run; the library would show the mean of the others instead.
@@ -58,8 +57,8 @@ def training_arguments(spec: RunSpec, checkpoints: Path, *, steps: int) -> Train
 def micro_batch(spec: RunSpec) -> int:
     """Records that go through the model at once, in each process.
 
-    Without ``micro_batch_size`` that is all of them, but on a CPU one: there nothing is gained by more, and padding
-    costs a quarter.
+    Without ``micro_batch_size`` that is all of them, but on a CPU one unless they are packed: there nothing is gained
+    by more, and padding costs a quarter.
     """
     ranks: int = processes().num_processes
     if spec.batch_size % ranks:
@@ -68,7 +67,8 @@ def micro_batch(spec: RunSpec) -> int:
             fix=f"Choose a multiple of {ranks}, or fewer processes.",
         )
     share = spec.batch_size // ranks
-    size = min(spec.training.micro_batch_size or (1 if training_device().type == "cpu" else share), share)
+    one_by_one = training_device().type == "cpu" and not spec.training.packing
+    size = min(spec.training.micro_batch_size or (1 if one_by_one else share), share)
     if share % size:
         raise SpecError(
             f"micro_batch_size {size} does not divide the {share} records of each process",

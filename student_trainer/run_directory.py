@@ -1,6 +1,7 @@
 """What a run leaves on disk: ``run.yaml``, ``checkpoints/`` while it trains, ``model/`` once it has ended.
 
-A checkpoint counts only with its mark, which is written last, so that a process killed while saving leaves none.
+A checkpoint counts only with its mark, which is written last and says how long each of its files is: a process killed
+while saving leaves none, and files that were cut short afterwards are noticed.
 """
 
 import json
@@ -9,11 +10,12 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from services.contract.errors import SpecError, TrainingError
-from services.contract.spec import RunSpec
+from services.contract.spec import RunSpec, content_key
 from services.contract.spec_reading import load_run
 
 log = logging.getLogger(__name__)
@@ -57,24 +59,42 @@ class RunDirectory:
     def claim(self, spec: RunSpec) -> None:
         """Make the directory this run's."""
         self.path.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        write_whole(self.spec_file, text)
+        write_whole(self.spec_file, spec_text(spec))
 
-    def newest_checkpoint(self) -> Path | None:
-        """The newest whole checkpoint; what was cut short is removed aloud."""
-        found: dict[int, Path] = {}
-        for path in self.checkpoints.glob("checkpoint-*"):
-            step = _marked_step(path)
-            if step is None:
-                log.warning("%s was not saved whole; it is removed", path)
+    def newest_checkpoint(self, spec: RunSpec) -> Path | None:
+        """The newest whole checkpoint; what was cut short is removed aloud.
+
+        TrainingError for a checkpoint of another run.
+        """
+        for path in sorted(self.checkpoints.glob("checkpoint-*"), key=_step, reverse=True):
+            mark = _mark(path)
+            damage = "was not saved whole" if mark is None else _damage(path, mark)
+            if mark is None or damage:
+                log.warning("%s %s; it is removed", path, damage)
                 shutil.rmtree(path)
+            elif mark.get("run") != _training_key(spec):
+                raise TrainingError(
+                    f"{path} is a checkpoint of another run",
+                    fix="Choose another directory for this run, or remove the checkpoint to start anew.",
+                )
             else:
-                found[step] = path
-        return found[max(found)] if found else None
+                return path
+        return None
 
-    def mark_checkpoint(self, step: int) -> None:
-        """Say that the checkpoint of this step is whole."""
-        write_whole(self.checkpoints / f"checkpoint-{step}" / MARK, json.dumps({"step": step}))
+    def mark_checkpoint(self, step: int, spec: RunSpec) -> None:
+        """Say that the checkpoint of this step is whole, once its bytes are on the disk, and drop the oldest ones."""
+        checkpoint = self.checkpoints / f"checkpoint-{step}"
+        sizes = {}
+        for file in _files(checkpoint):
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+            sizes[str(file.relative_to(checkpoint))] = file.stat().st_size
+        write_whole(checkpoint / MARK, json.dumps({"step": step, "run": _training_key(spec), "bytes": sizes}))
+        # Only now may earlier ones go: until its mark, this one counts for nothing.
+        found = sorted(self.checkpoints.glob("checkpoint-*"), key=_step)
+        for earlier in found[: -spec.training.keep_checkpoints]:
+            (earlier / MARK).unlink(missing_ok=True)
+            shutil.rmtree(earlier)
 
     def publish(self, save: Callable[[Path], None], *, before_rename: Callable[[], None]) -> None:
         """Let ``save`` write the model beside its place, ask ``before_rename``, move it there; drop the checkpoints."""
@@ -86,6 +106,11 @@ class RunDirectory:
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
 
+def spec_text(spec: RunSpec) -> str:
+    """The specification as ``smoothkd train`` reads it."""
+    return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
 def write_whole(path: Path, text: str) -> None:
     """A file that is there with all of its text or not at all."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -94,11 +119,35 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def _what_trains(spec: RunSpec) -> dict[str, object]:
-    return spec.model_dump(mode="json", exclude={"evaluation"})
+    bookkeeping = {"checkpoint_steps", "keep_checkpoints", "report_to"}
+    return spec.model_dump(mode="json", exclude={"evaluation": True, "training": bookkeeping})
 
 
-def _marked_step(checkpoint: Path) -> int | None:
+def _training_key(spec: RunSpec) -> str:
+    return content_key(_what_trains(spec))
+
+
+def _step(checkpoint: Path) -> int:
+    number = checkpoint.name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else -1
+
+
+def _files(checkpoint: Path) -> list[Path]:
+    return sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MARK)
+
+
+def _mark(checkpoint: Path) -> dict[str, Any] | None:
     try:
-        return int(json.loads((checkpoint / MARK).read_text(encoding="utf-8"))["step"])
-    except (OSError, ValueError, KeyError, TypeError):
+        mark = json.loads((checkpoint / MARK).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
+    return mark if isinstance(mark, dict) and isinstance(mark.get("bytes"), dict) else None
+
+
+def _damage(checkpoint: Path, mark: dict[str, Any]) -> str:
+    for name, size in mark["bytes"].items():
+        file = checkpoint / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            return f"lacks {name}" if found is None else f"has {found:,} of {size:,} bytes of {name}"
+    return ""

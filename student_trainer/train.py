@@ -1,26 +1,29 @@
 """One run, from its specification to the final model: ``smoothkd train`` and a sweep's TRAIN stages."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
-from services.contract.errors import CancelledError, TrainingError
+from services.contract.errors import CancelledError
 from services.contract.records import MetricPoint
 from services.contract.settings import Settings
 from services.contract.spec import RunSpec
+from services.models.card import CARD, RUN_FILE, model_card
 from student_trainer.arguments import MATMUL_DTYPES, optimizer_steps, training_arguments, training_device
-from student_trainer.data import Example
+from student_trainer.data import Example, collate
 from student_trainer.examples import load_examples
 from student_trainer.file_labels import FileLabels, teacher_in_files
 from student_trainer.labels import LabelPrefetcher
+from student_trainer.memory import memory_advised
+from student_trainer.packing import pack, require_packable
 from student_trainer.progress import Progress
-from student_trainer.run_directory import RunDirectory
+from student_trainer.run_directory import RunDirectory, spec_text, write_whole
 from student_trainer.student import load_student, load_tokenizer, output_head, save_student, vocabulary_size
 from student_trainer.teacher import Teacher, connect_teacher
 from student_trainer.trainer import DistillationTrainer, Objective
@@ -60,7 +63,12 @@ def train(
         steps = optimizer_steps(spec, examples=len(parts.examples))
         with Progress(spec.method, unit="steps", total=steps) as progress:
             watcher = Watcher(
-                directory, progress=progress, on_metrics=on_metrics, on_progress=on_progress, should_stop=stopping
+                directory,
+                spec=spec,
+                progress=progress,
+                on_metrics=on_metrics,
+                on_progress=on_progress,
+                should_stop=stopping,
             )
             trainer = DistillationTrainer(
                 model=parts.model,
@@ -68,6 +76,7 @@ def train(
                 examples=parts.examples,
                 objective=parts.objective,
                 callbacks=[watcher],
+                collate=partial(pack, max_length=spec.training.max_length) if spec.training.packing else collate,
             )
             trainer.remove_callback(PrinterCallback)
             if trainer.is_world_process_zero():
@@ -79,11 +88,8 @@ def train(
                 fix="Start the same run again to go on from its last checkpoint.",
             )
         if trainer.is_world_process_zero():
-            dtype = parts.objective.matmul_dtype
             directory.publish(
-                lambda path: save_student(
-                    parts.model, parts.tokenizer, path, dtype=dtype, base_model=spec.student.model
-                ),
+                lambda path: _save(path, spec, parts, history=trainer.state.log_history),
                 before_rename=before_rename,
             )
     return directory.model
@@ -95,6 +101,7 @@ class _Parts:
     model: PreTrainedModel | PeftModel
     examples: list[Example]
     objective: Objective
+    teacher_fingerprint: str | None
 
 
 @contextmanager
@@ -120,7 +127,10 @@ def _prepared(spec: RunSpec, settings: Settings, stopping: Callable[[], bool]) -
         if teacher and isinstance(teacher.source, FileLabels):
             teacher.source.require(examples)
         vocab_size = vocabulary_size(tokenizer)
-        model = load_student(spec.student, settings, vocab_size=vocab_size, frozen_dtype=dtype, seed=spec.seed)
+        with memory_advised(spec, where=lambda: "while the student was loaded"):
+            model = load_student(spec.student, settings, vocab_size=vocab_size, frozen_dtype=dtype, seed=spec.seed)
+        if spec.training.packing:
+            require_packable(model, vocab_size=vocab_size)
         labels = None
         if teacher:
             if teacher.options.encoding == "projected":
@@ -135,21 +145,37 @@ def _prepared(spec: RunSpec, settings: Settings, stopping: Callable[[], bool]) -
             divergence=spec.distillation.divergence,
             beta=spec.distillation.beta or 0.5,
             labels=labels,
+            chunk_size=spec.training.loss_chunk,
             teacher_head=teacher.head_on(training_device(), dtype=dtype) if teacher else None,
         )
-        yield _Parts(tokenizer=tokenizer, model=model, examples=examples, objective=objective)
+        yield _Parts(
+            tokenizer=tokenizer,
+            model=model,
+            examples=examples,
+            objective=objective,
+            teacher_fingerprint=teacher.info.fingerprint if teacher else None,
+        )
 
 
 def _run(trainer: DistillationTrainer, directory: RunDirectory, spec: RunSpec) -> None:
     with trainer.args.main_process_first(desc="looking for checkpoints"):
-        checkpoint = directory.newest_checkpoint()
+        checkpoint = directory.newest_checkpoint(spec)
     if checkpoint:
         log.info("going on from %s", checkpoint)
-    try:
+    with memory_advised(spec, where=lambda: f"at step {trainer.state.global_step + 1}"):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except torch.OutOfMemoryError as error:
-        raise TrainingError(
-            f"memory ran out at step {trainer.state.global_step + 1}: {str(error).splitlines()[0]}",
-            fix=f"Lower training.micro_batch_size (now {trainer.args.per_device_train_batch_size}) or max_length "
-            f"(now {spec.training.max_length}), or set gradient_checkpointing: true.",
-        ) from error
+
+
+def _save(path: Path, spec: RunSpec, parts: _Parts, *, history: Sequence[Mapping[str, float]]) -> None:
+    """The final model with its tokenizer, generation settings, specification and card."""
+    save_student(parts.model, parts.tokenizer, path, dtype=parts.objective.matmul_dtype, base_model=spec.student.model)
+    last: Mapping[str, float] = next((logs for logs in reversed(history) if "hard_loss" in logs), {})
+    card = model_card(
+        spec,
+        teacher_fingerprint=parts.teacher_fingerprint,
+        examples=len(parts.examples),
+        steps=optimizer_steps(spec, examples=len(parts.examples)),
+        losses={name: last[name] for name in ("loss", "hard_loss", "soft_loss") if name in last},
+    )
+    write_whole(path / CARD, card)
+    write_whole(path / RUN_FILE, spec_text(spec))

@@ -8,7 +8,7 @@ import itertools
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,7 @@ class Objective:
     beta: float = 0.5
     labels: LabelPrefetcher | None = None
     teacher_head: OutputHead | None = None
+    chunk_size: int | None = None
 
 
 class DistillationTrainer(Trainer):
@@ -55,6 +56,7 @@ class DistillationTrainer(Trainer):
         examples: Sequence[Example],
         objective: Objective,
         callbacks: list[TrainerCallback],
+        collate: Callable[[Sequence[Example]], dict[str, Tensor]] = collate,
     ) -> None:
         # One process drives one device; without this the library wraps the model for all GPUs it sees.
         args._n_gpu = min(args.n_gpu, 1)
@@ -93,7 +95,7 @@ class DistillationTrainer(Trainer):
             model,
             head_layer=self._head_layer,
             input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
+            **_separation(inputs),
         )
         predictor_N = inputs["predictor_N"]
         objective = self._objective
@@ -107,6 +109,7 @@ class DistillationTrainer(Trainer):
             temperature=objective.temperature,
             divergence=objective.divergence,
             beta=objective.beta,
+            chunk_size=objective.chunk_size,
             matmul_dtype=objective.matmul_dtype,
         )
         if not math.isfinite(sums.total.item()):
@@ -155,6 +158,12 @@ class DistillationTrainer(Trainer):
             f"the {what} is not finite at step {self.state.global_step + 1}{where}",
             fix="Lower the learning rate or max_grad_norm, or train in bf16 or fp32. The last checkpoint is whole.",
         )
+
+
+def _separation(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """What keeps records apart: their positions where they share rows, which count only without a mask."""
+    name = "position_ids" if "position_ids" in inputs else "attention_mask"
+    return {name: inputs[name]}
 
 
 class _LookAhead:

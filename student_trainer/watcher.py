@@ -10,6 +10,8 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from services.contract.records import MetricPoint
+from services.contract.spec import RunSpec
+from student_trainer.arguments import processes
 from student_trainer.progress import Progress
 from student_trainer.run_directory import RunDirectory
 
@@ -32,6 +34,7 @@ class Watcher(TrainerCallback):
         self,
         directory: RunDirectory,
         *,
+        spec: RunSpec,
         progress: Progress,
         on_metrics: Callable[[Sequence[MetricPoint]], None],
         on_progress: Callable[[float], None],
@@ -39,6 +42,7 @@ class Watcher(TrainerCallback):
     ) -> None:
         self.stopped = False
         self._directory = directory
+        self._spec = spec
         self._progress = progress
         self._on_metrics = on_metrics
         self._on_progress = on_progress
@@ -87,8 +91,10 @@ class Watcher(TrainerCallback):
         )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        # Each process writes its own random state.
+        processes().wait_for_everyone()
         if state.is_world_process_zero:
-            self._directory.mark_checkpoint(state.global_step)
+            self._directory.mark_checkpoint(state.global_step, self._spec)
 
     def _stop(self, state: TrainerState, control: TrainerControl) -> None:
         self.stopped = True

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from services.contract.distillation_spec import DistillationSpec, LoraSpec, StudentSpec, check_student_fits_labels
 from services.contract.evaluation_spec import EvaluationSpec, Spec
+from services.contract.training_spec import TrainingSpec, check_batches
 
 
 class TeacherFinetuneSpec(Spec):
@@ -102,27 +103,6 @@ class GridSpec(Spec):
     seed: Seeds = (0,)
 
 
-class TrainingSpec(Spec):
-    """What all runs of a sweep train alike. ``max_length``, in tokens, bounds prompt plus response.
-
-    ``micro_batch_size`` records go through the model at once; None means the whole batch, or one
-    record on a CPU.
-    ``checkpoint_steps``: optimizer steps between checkpoints.
-    """
-
-    epochs: Annotated[int, Field(ge=1)] = 1
-    max_length: Annotated[int, Field(ge=8)] = 1024
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    micro_batch_size: Annotated[int, Field(ge=1)] | None = None
-    gradient_checkpointing: bool = False
-    lr_scheduler: Literal["linear", "cosine", "constant"] = "cosine"
-    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    checkpoint_steps: Annotated[int, Field(ge=1)] = 200
-    report_to: tuple[Literal["wandb", "mlflow", "tensorboard", "trackio"], ...] = ()
-
-
 class RunSpec(Spec):
     """One student: a point of the grid with everything that decides its weights and scores.
 
@@ -148,7 +128,7 @@ class RunSpec(Spec):
                 f"alpha {self.alpha:g} at level {self.distillation.level} needs a teacher; name one under teacher.model"
             )
         check_student_fits_labels(self.student, self.distillation)
-        _check_micro_batch(self.training.micro_batch_size, (self.batch_size, *_finetune_batch_size(self.teacher)))
+        check_batches(self.training, (self.batch_size, *_finetune_batch_size(self.teacher)))
         return self
 
     @property
@@ -238,7 +218,7 @@ class SweepSpec(Spec):
         _check_level_against_alpha(self.distillation.level, self.grid.alpha)
         check_student_fits_labels(self.student, self.distillation)
         batch_sizes = (*self.grid.batch_size, *_finetune_batch_size(self.teacher))
-        _check_micro_batch(self.training.micro_batch_size, batch_sizes)
+        check_batches(self.training, batch_sizes)
         needs_teacher = max(self.grid.alpha) > 0 or self.distillation.level != "word"
         if needs_teacher and self.teacher is None:
             raise ValueError("this grid distils, so it needs a teacher; name one under teacher.model")
@@ -289,14 +269,3 @@ def _check_level_against_alpha(level: str, alphas: tuple[float, ...]) -> None:
 
 def _finetune_batch_size(teacher: TeacherSpec | None) -> tuple[int, ...]:
     return (teacher.finetune.batch_size,) if teacher is not None and teacher.finetune is not None else ()
-
-
-def _check_micro_batch(micro_batch_size: int | None, batch_sizes: tuple[int, ...]) -> None:
-    if micro_batch_size is None:
-        return
-    for batch_size in batch_sizes:
-        if batch_size % micro_batch_size and batch_size > micro_batch_size:
-            raise ValueError(
-                f"micro_batch_size {micro_batch_size} does not divide batch_size {batch_size}; "
-                "choose a divisor of every batch size"
-            )

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from services.contract.records import Generation
 from services.contract.settings import Settings
 from services.evaluation.evaluate import evaluate
+from services.models.card import write_scores
 from services.store.store import Attempt, Store
 
 PAGE = 1000
@@ -28,8 +29,9 @@ def run_evaluate(store: Store, attempt: Attempt, settings: Settings) -> None:
             last = time.monotonic()
             store.set_progress(attempt, share)
 
+    model = settings.runs_dir / run_id / "model"
     scores = evaluate(
-        str(settings.runs_dir / run_id / "model"),
+        str(model),
         spec=store.run(run_id).spec.evaluation,
         settings=settings,
         known=_stored_generations(store, run_id),
@@ -37,6 +39,7 @@ def run_evaluate(store: Store, attempt: Attempt, settings: Settings) -> None:
         on_progress=set_progress,
     )
     store.put_scores(attempt, scores)
+    write_scores(model, scores)
 
 
 def _stored_generations(store: Store, run_id: str) -> Iterator[Generation]:
