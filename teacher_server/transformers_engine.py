@@ -55,7 +55,7 @@ class TransformersModel:
         model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=wanted, trust_remote_code=trust_remote_code)
         if adapter is not None:
             model = merge_adapter(model, adapter)
-        self._model = model.to(self._device).eval()
+        self._model = _in_own_memory(model.to(self._device)).eval()
         # Small batches keep a CPU responsive; a GPU needs large ones to be busy.
         self.max_batch_tokens = 2_048 if on_cpu else 16_384
         self._tokenize = tokenizer.encode
@@ -128,6 +128,14 @@ class TransformersModel:
         )
         hidden_BTD: torch.Tensor = output.last_hidden_state
         return hidden_BTD
+
+
+def _in_own_memory(model: Any) -> Any:
+    """On a CPU weights are mapped from their files, and would change with these."""
+    if model.device.type == "cpu":
+        for tensor in {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}.values():
+            tensor.data = tensor.data.clone()
+    return model
 
 
 def _device(name: str) -> torch.device:
