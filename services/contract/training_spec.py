@@ -11,7 +11,8 @@ class TrainingSpec(Spec):
     """What all runs of a sweep train alike. ``max_length``, in tokens, bounds prompt plus response.
 
     ``micro_batch_size`` records go through the model at once; None means the whole batch, or one
-    record on a CPU without packing. ``loss_chunk``: response positions whose logits exist at a time; None fits them to the vocabulary.
+    record on a CPU without packing. ``loss_chunk``: response positions whose logits exist at a time; None fits them to
+    the vocabulary.
     ``packing`` puts several records of a micro-batch into one row of ``max_length``, each unseen by the others, so that
     less is padding; batches still count records.
     ``checkpoint_steps``: optimizer steps between checkpoints, of which the newest ``keep_checkpoints`` stay.
