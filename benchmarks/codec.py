@@ -59,7 +59,7 @@ def example() -> ScoredSequence:
     return ScoredSequence(
         id="0",
         sequence_hash=hash_sequence(ids, positions),
-        token_logprobs_N=np.zeros(POSITIONS, dtype=np.float32),
+        token_logprobs_P=np.zeros(POSITIONS, dtype=np.float32),
         labels=top_k_labels(logits_NV, K),
     )
 

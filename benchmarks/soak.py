@@ -221,7 +221,7 @@ def check(
 ) -> None:
     """Token log-probabilities against the reference, and the labels against the token log-probabilities."""
     tally.add(answers=1, tokens=len(sequence.token_ids))
-    difference = np.abs(scored.token_logprobs_N - expected).max(initial=0.0)
+    difference = np.abs(scored.token_logprobs_P - expected).max(initial=0.0)
     if not difference <= FLOAT_TOLERANCE:
         tally.problem("wrong", f"sequence {sequence.id}: log-probabilities off by {difference:.4f}")
     try:

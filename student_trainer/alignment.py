@@ -10,6 +10,7 @@ from services.contract.errors import LabelMismatchError
 from services.contract.lm_head import LmHead
 from services.contract.sequences import LabelOptions, TokenSequence
 from services.contract.soft_labels import (
+    CHECKED_POSITIONS,
     Array,
     ExactLabels,
     FullLabels,
@@ -18,6 +19,8 @@ from services.contract.soft_labels import (
     ScoredSequence,
     SoftLabels,
     TopKLabels,
+    checked_positions,
+    encoding_of,
     hash_sequence,
     log_softmax,
 )
@@ -51,7 +54,8 @@ def check_scored(
             fix=_FIX,
         )
     positions = len(sequence.label_positions)
-    shapes: dict[str, tuple[int, ...]] = {"token_logprobs": (positions,)}
+    checked = len(checked_positions(positions, options.encoding))
+    shapes: dict[str, tuple[int, ...]] = {"token_logprobs": (checked,)}
     if options.encoding == "projected":
         assert student_head is not None, "the client asked for labels that are means of its head's rows"
         shapes["embedding"] = (positions, student_head.head.weight_VD.shape[1])
@@ -59,7 +63,7 @@ def check_scored(
             shapes["bias"] = (positions,)
     else:
         shapes |= _expected_shapes(options, positions=positions, vocab_size=vocab_size, hidden_size=hidden_size)
-    found = {"token_logprobs": scored.token_logprobs_N.shape, **_shapes(scored.labels)}
+    found = {"token_logprobs": scored.token_logprobs_P.shape, **_shapes(scored.labels)}
     if found != shapes:
         raise LabelMismatchError(
             f"the labels of sequence {sequence.id!r} have the shapes {found} instead of {shapes}", fix=_FIX
@@ -80,7 +84,7 @@ def verify_token_logprobs(
     *,
     head: LmHead | None = None,
     temperature: float = 1.0,
-    max_positions: int = 32,
+    max_positions: int = CHECKED_POSITIONS,
 ) -> float:
     """Recompute the actual tokens' log-probabilities from the labels and compare with those the teacher sent.
 
@@ -93,10 +97,11 @@ def verify_token_logprobs(
     positions = len(sequence.label_positions)
     if positions == 0:
         return 0.0
-    chosen_M = np.unique(np.linspace(0, positions - 1, min(positions, max_positions)).round().astype(np.int64))
-    tokens_M = np.asarray(sequence.token_ids)[np.asarray(sequence.label_positions)[chosen_M]]
-    told_M = scored.token_logprobs_N[chosen_M].astype(np.float64)
     labels = scored.labels
+    told_P = scored.token_logprobs_P.astype(np.float64)
+    picked_M = np.unique(np.linspace(0, len(told_P) - 1, min(len(told_P), max_positions)).round().astype(np.int64))
+    chosen_M, told_M = checked_positions(positions, encoding_of(labels))[picked_M], told_P[picked_M]
+    tokens_M = np.asarray(sequence.token_ids)[np.asarray(sequence.label_positions)[chosen_M]]
     if isinstance(labels, ExactLabels):
         if head is None:
             raise ValueError("exact labels are verified with the teacher's output head")

@@ -22,6 +22,7 @@ from services.contract.soft_labels import (
     FullLabels,
     ScoredSequence,
     SoftLabels,
+    checked_positions,
     hash_sequence,
     log_softmax,
 )
@@ -147,10 +148,11 @@ class MockModel:
             )
         else:
             labels = FullLabels(logprobs_NV=logprobs_NV.astype(np.float16))
+        token_logprobs_N = np.take_along_axis(logprobs_NV, tokens_N[:, None], axis=1)[:, 0].astype(np.float32)
         return ScoredSequence(
             id=sequence.id,
             sequence_hash=hash_sequence(sequence.token_ids, sequence.label_positions),
-            token_logprobs_N=np.take_along_axis(logprobs_NV, tokens_N[:, None], axis=1)[:, 0].astype(np.float32),
+            token_logprobs_P=token_logprobs_N[checked_positions(len(positions_N), options.encoding)],
             labels=labels,
         )
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from services.contract.errors import TeacherError
 from services.contract.sequences import LabelOptions, TokenSequence
-from services.contract.soft_labels import Array, ExactLabels, ScoredSequence, log_softmax
+from services.contract.soft_labels import Array, ExactLabels, ScoredSequence, checked_positions, log_softmax
 from teacher_server.engine import Engine
 from teacher_server.wire import as_label_dtype
 
@@ -51,7 +51,8 @@ async def self_check(engine: Engine, *, label_dtype: str) -> SelfCheck:
     logit_error = _relative_error(head.logits(scored.labels.hidden_ND), reference_TV)
     logprobs_TV = log_softmax(reference_TV)
     token_logprobs_T = np.take_along_axis(logprobs_TV, np.array(token_ids[1:])[:, None], axis=1)[:, 0]
-    token_error = _relative_spread(scored.token_logprobs_N, token_logprobs_T, reference_TV)
+    expected_P = token_logprobs_T[checked_positions(len(positions), "exact")]
+    token_error = _relative_spread(scored.token_logprobs_P, expected_P, reference_TV)
     tolerance = _TOLERANCE[card.weights_dtype]
     if not max(logit_error, token_error) <= tolerance:
         raise TeacherError(

@@ -22,6 +22,7 @@ from services.contract.soft_labels import (
     ScoredSequence,
     SoftLabels,
     TopKLabels,
+    checked_positions,
     hash_sequence,
 )
 from services.models.logit_shape import logit_scale, soft_cap
@@ -75,18 +76,22 @@ class TorchHead:
         # The state after token p - 1 predicts token p.
         positions_N = torch.tensor(sequence.label_positions, dtype=torch.long, device=hidden_TD.device)
         hidden_ND = hidden_TD[positions_N - 1].to(device=self.weight_VD.device, dtype=self.weight_VD.dtype)
-        token_logprobs_N, labels = self._labels(hidden_ND, sequence, options)
+        token_logprobs_P, labels = self._labels(hidden_ND, sequence, options)
         return ScoredSequence(
             id=sequence.id,
             sequence_hash=hash_sequence(sequence.token_ids, sequence.label_positions),
-            token_logprobs_N=token_logprobs_N,
+            token_logprobs_P=token_logprobs_P,
             labels=labels,
         )
 
     def _labels(
         self, hidden_ND: torch.Tensor, sequence: TokenSequence, options: LabelOptions
     ) -> tuple[Array, SoftLabels]:
-        """Log-probabilities of the actual tokens, float32 [N] at temperature 1, and the labels."""
+        """Log-probabilities of the actual tokens, float32 [P] at temperature 1, and the labels."""
+        if options.encoding == "exact":
+            # The student computes the logits; here only those of the positions that it checks.
+            checked_P = checked_positions(len(hidden_ND), "exact")
+            return self._token_logprobs(hidden_ND, sequence, checked_P), ExactLabels(hidden_ND=to_numpy(hidden_ND))
         device = hidden_ND.device
         positions_N = np.asarray(sequence.label_positions, dtype=np.int64)
         tokens_N = torch.from_numpy(np.asarray(sequence.token_ids, dtype=np.int64)[positions_N]).to(device)
@@ -113,8 +118,6 @@ class TorchHead:
             elif head is not None:
                 parts.append(head.means(_probabilities(logits_CV, options).float()))
         logprobs_N = to_numpy(torch.cat(token_logprobs))
-        if options.encoding == "exact":
-            return logprobs_N, ExactLabels(hidden_ND=to_numpy(hidden_ND))
         columns = [to_numpy(torch.cat(column)) for column in zip(*parts, strict=True)]
         if options.encoding == "full":
             return logprobs_N, FullLabels(logprobs_NV=columns[0])
@@ -123,6 +126,14 @@ class TorchHead:
         if options.encoding == "projected":
             return logprobs_N, ProjectedLabels(embedding_NS=columns[0], bias_N=columns[1] if len(columns) > 1 else None)
         return logprobs_N, TopKLabels(ids_NK=columns[0], logprobs_NK=columns[1], tail_mass_N=columns[2])
+
+    def _token_logprobs(self, hidden_ND: torch.Tensor, sequence: TokenSequence, chosen_P: Array) -> Array:
+        tokens_P = np.asarray(sequence.token_ids, dtype=np.int64)[
+            np.asarray(sequence.label_positions, dtype=np.int64)[chosen_P]
+        ]
+        logits_PV = self.logits(hidden_ND[torch.from_numpy(chosen_P)])
+        chosen_PV = torch.from_numpy(tokens_P).to(logits_PV.device)[:, None]
+        return to_numpy(logits_PV.gather(1, chosen_PV)[:, 0] - logits_PV.logsumexp(dim=1))
 
     def logits(self, hidden_CD: torch.Tensor) -> torch.Tensor:
         """Float32 logits [C, V]: products of 16-bit weights are summed in float32 and never rounded to 16 bits."""

@@ -29,6 +29,10 @@ MAX_REQUEST_BYTES = 4 * 1024 * 1024
 """Largest gRPC message a teacher accepts: 1024 sequences of 800 tokens, most of them labelled. Clients send several."""
 
 
+CHECKED_POSITIONS = 32
+"""Of one sequence of exact labels: as many actual tokens' log-probabilities come with them."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ExactLabels:
     """Final hidden states, float32, float16 or bfloat16; the teacher's head turns them into all logits."""
@@ -90,13 +94,14 @@ SoftLabels = ExactLabels | TopKLabels | FullLabels | SampledLabels | ProjectedLa
 class ScoredSequence:
     """A teacher's answer for one sequence.
 
-    ``token_logprobs_N`` float32: the log-probability, at temperature 1, of the token at each label position.
+    ``token_logprobs_P`` float32: the log-probability, at temperature 1, of the token at each of the label positions
+    that ``checked_positions`` names.
     ``sequence_hash``: see ``hash_sequence``. ``from_cache``: whether they were computed for an earlier request.
     """
 
     id: str
     sequence_hash: bytes
-    token_logprobs_N: Array
+    token_logprobs_P: Array
     labels: SoftLabels
     from_cache: bool = False
 
@@ -106,7 +111,7 @@ def encode_labels(scored: ScoredSequence) -> pb.ScoreSequencesResponse:
     message = pb.ScoreSequencesResponse(
         id=scored.id,
         sequence_hash=scored.sequence_hash,
-        token_logprobs=encode_tensor(scored.token_logprobs_N),
+        token_logprobs=encode_tensor(scored.token_logprobs_P),
     )
     labels = scored.labels
     if isinstance(labels, ExactLabels):
@@ -134,15 +139,17 @@ def decode_labels(message: pb.ScoreSequencesResponse) -> ScoredSequence:
     Raises LabelMismatchError when a tensor is damaged, the arrays disagree about N, or a value is not finite.
     """
     labels, columns = _decode_encoding(message)
-    token_logprobs_N = decode_tensor(message.token_logprobs)
-    positions = len(token_logprobs_N)
-    for column in (token_logprobs_N, *columns):
-        if len(column) != positions:
-            raise LabelMismatchError(
-                f"the labels of sequence {message.id!r} disagree about the number of positions: "
-                f"{len(column)} against {positions}",
-                fix="The answer is damaged; restart the teacher.",
-            )
+    token_logprobs_P = decode_tensor(message.token_logprobs)
+    positions = len(columns[0])
+    checked = len(checked_positions(positions, encoding_of(labels)))
+    lengths = [len(column) for column in columns]
+    if len(token_logprobs_P) != checked or any(length != positions for length in lengths):
+        raise LabelMismatchError(
+            f"the labels of sequence {message.id!r} disagree about the number of positions: {lengths}, with "
+            f"{len(token_logprobs_P)} log-probabilities of tokens instead of {checked}",
+            fix="The answer is damaged; restart the teacher.",
+        )
+    for column in (token_logprobs_P, *columns):
         # A token of probability 0 has log-probability -inf; NaN is never right, and infinite states neither.
         with np.errstate(invalid="ignore"):
             wrong = np.isnan(column) if isinstance(labels, FullLabels | TopKLabels) else ~np.isfinite(column)
@@ -154,7 +161,7 @@ def decode_labels(message: pb.ScoreSequencesResponse) -> ScoredSequence:
     return ScoredSequence(
         id=message.id,
         sequence_hash=message.sequence_hash,
-        token_logprobs_N=token_logprobs_N,
+        token_logprobs_P=token_logprobs_P,
         labels=labels,
         from_cache=message.from_cache,
     )
@@ -211,6 +218,23 @@ def _check_ragged(labels: SampledLabels, *, sequence_id: str) -> None:
         )
 
 
+def checked_positions(positions: int, encoding: Encoding) -> Array:
+    """Int64 [P]: which of so many label positions an answer has the actual token's log-probability for.
+
+    All of them where the teacher computes logits anyhow; of exact labels, whose logits the student computes, at most
+    CHECKED_POSITIONS, evenly spread: enough to notice labels that are shifted or of another text, and a head's whole
+    product saved.
+    """
+    if encoding != "exact" or positions <= CHECKED_POSITIONS:
+        return np.arange(positions)
+    return np.linspace(0, positions - 1, CHECKED_POSITIONS).round().astype(np.int64)
+
+
+def encoding_of(labels: SoftLabels) -> Encoding:
+    """The encoding that makes such labels."""
+    return _ENCODINGS[type(labels)]
+
+
 def hash_sequence(token_ids: Sequence[int], label_positions: Sequence[int]) -> bytes:
     """SHA-256 that ties labels to the tokens and positions they were computed for; both ends compute it."""
     digest = hashlib.sha256(np.uint32(len(token_ids)).tobytes())
@@ -226,6 +250,14 @@ def log_softmax(logits_NV: Array, *, temperature: float = 1.0) -> Array:
     scaled_NV -= np.log(np.exp(scaled_NV).sum(axis=-1, keepdims=True))
     return scaled_NV
 
+
+_ENCODINGS: dict[type, Encoding] = {
+    ExactLabels: "exact",
+    TopKLabels: "top_k",
+    FullLabels: "full",
+    SampledLabels: "sampled",
+    ProjectedLabels: "projected",
+}
 
 WIRE_ENCODINGS: dict[Encoding, Any] = {
     "exact": pb.ENCODING_EXACT,

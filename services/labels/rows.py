@@ -80,7 +80,7 @@ def to_row(sequence: TokenSequence, scored: ScoredSequence) -> dict[str, Any]:
         }
         for field, tensor in getattr(message, encoding).ListFields()
     ]
-    logprobs_N = np.ascontiguousarray(scored.token_logprobs_N, dtype=np.float32)
+    logprobs_N = np.ascontiguousarray(scored.token_logprobs_P, dtype=np.float32)
     return {
         "sequence_hash": scored.sequence_hash,
         "token_ids": np.asarray(sequence.token_ids, dtype=np.uint32),

@@ -21,6 +21,7 @@ from services.contract.soft_labels import (
     ScoredSequence,
     SoftLabels,
     TopKLabels,
+    checked_positions,
     decode_labels,
     decode_tensor,
     encode_labels,
@@ -76,13 +77,13 @@ def scored_sequences(draw: st.DrawFn) -> ScoredSequence:
     return ScoredSequence(
         id=draw(st.text(st.characters(exclude_categories=("Cs",)), max_size=20)),
         sequence_hash=draw(st.binary(min_size=32, max_size=32)),
-        token_logprobs_N=random_bits(draw, (positions,), np.dtype(np.float32)),
+        token_logprobs_P=random_bits(draw, (positions,), np.dtype(np.float32)),
         labels=labels,
     )
 
 
 def arrays(scored: ScoredSequence) -> list[np.ndarray]:
-    return [scored.token_logprobs_N, *(part for part in vars(scored.labels).values() if part is not None)]
+    return [scored.token_logprobs_P, *(part for part in vars(scored.labels).values() if part is not None)]
 
 
 @given(scored_sequences())
@@ -129,7 +130,7 @@ def exact(hidden: Any, *, logprobs: int = 1) -> pb.ScoreSequencesResponse:
         ScoredSequence(
             id="x",
             sequence_hash=b"",
-            token_logprobs_N=np.zeros(logprobs, dtype=np.float32),
+            token_logprobs_P=np.zeros(logprobs, dtype=np.float32),
             labels=ExactLabels(hidden_ND=np.array(hidden, dtype=np.float32)),
         )
     )
@@ -150,7 +151,7 @@ def test_states_that_are_not_finite_are_refused(value: float) -> None:
 
 
 def test_rows_must_agree_with_the_log_probabilities() -> None:
-    with pytest.raises(LabelMismatchError, match="number of positions: 1 against 2"):
+    with pytest.raises(LabelMismatchError, match=r"positions: \[1\], with 2 log-probabilities"):
         decode_labels(exact([[1.0, 2.0]], logprobs=2))
 
 
@@ -166,7 +167,7 @@ def sampled(*, ids: list[int], counts: list[int], lengths: list[int]) -> pb.Scor
         lengths_N=np.array(lengths, dtype=np.uint16),
     )
     logprobs = np.zeros(len(lengths), dtype=np.float32)
-    return encode_labels(ScoredSequence(id="x", sequence_hash=b"", token_logprobs_N=logprobs, labels=labels))
+    return encode_labels(ScoredSequence(id="x", sequence_hash=b"", token_logprobs_P=logprobs, labels=labels))
 
 
 @pytest.mark.parametrize(
@@ -197,7 +198,7 @@ def test_projected_labels_that_are_not_finite_are_refused(embedding: Any, bias: 
         bias_N=None if bias is None else np.array(bias, dtype=np.float32),
     )
     logprobs = np.zeros(1, dtype=np.float32)
-    message = encode_labels(ScoredSequence(id="x", sequence_hash=b"", token_logprobs_N=logprobs, labels=labels))
+    message = encode_labels(ScoredSequence(id="x", sequence_hash=b"", token_logprobs_P=logprobs, labels=labels))
     with pytest.raises(LabelMismatchError, match="not finite"):
         decode_labels(message)
 
@@ -216,7 +217,7 @@ def test_an_impossible_token_is_allowed_in_full_labels() -> None:
     scored = ScoredSequence(
         id="x",
         sequence_hash=b"",
-        token_logprobs_N=np.array([-1.0], dtype=np.float32),
+        token_logprobs_P=np.array([-1.0], dtype=np.float32),
         labels=FullLabels(logprobs_NV=np.array([[0.0, -np.inf]], dtype=np.float16)),
     )
     assert np.isneginf(decode_labels(encode_labels(scored)).labels.logprobs_NV[0, 1])
@@ -248,3 +249,12 @@ def test_different_sequences_have_different_hashes(
 def test_log_softmax_survives_large_logits() -> None:
     found = log_softmax(np.array([[1e4, 1e4 - 1.0, -1e4]], dtype=np.float32))
     np.testing.assert_allclose(found[0, :2], -np.log(1 + np.exp([-1.0, 1.0])), rtol=1e-12)
+
+
+def test_exact_labels_are_checked_at_32_spread_positions_and_others_everywhere() -> None:
+    assert checked_positions(5, "exact").tolist() == [0, 1, 2, 3, 4]
+    spread = checked_positions(311, "exact")
+    assert spread.tolist() == [10 * step for step in range(32)]
+    assert checked_positions(33, "exact").tolist()[-1] == 32
+    assert len(set(checked_positions(33, "exact").tolist())) == 32
+    assert checked_positions(100, "top_k").tolist() == list(range(100))

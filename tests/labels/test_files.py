@@ -23,6 +23,7 @@ from services.contract.soft_labels import (
     SampledLabels,
     ScoredSequence,
     TopKLabels,
+    checked_positions,
     decode_labels,
     hash_sequence,
 )
@@ -89,7 +90,7 @@ def scored(sequence: TokenSequence, encoding: str = "exact", *, width: int = WID
     return ScoredSequence(
         id=sequence.id,
         sequence_hash=hash_sequence(sequence.token_ids, sequence.label_positions),
-        token_logprobs_N=-draw.random(n, dtype=np.float32),
+        token_logprobs_P=-draw.random(n, dtype=np.float32)[checked_positions(n, encoding)],
         labels=labels[encoding](),
     )
 
@@ -97,7 +98,7 @@ def scored(sequence: TokenSequence, encoding: str = "exact", *, width: int = WID
 def assert_same_bits(found: ScoredSequence, expected: ScoredSequence) -> None:
     assert found.sequence_hash == expected.sequence_hash
     assert type(found.labels) is type(expected.labels)
-    arrays = {"token_logprobs_N": (found.token_logprobs_N, expected.token_logprobs_N)}
+    arrays = {"token_logprobs_P": (found.token_logprobs_P, expected.token_logprobs_P)}
     arrays |= {name: (getattr(found.labels, name), value) for name, value in vars(expected.labels).items()}
     for name, (left, right) in arrays.items():
         if right is None:

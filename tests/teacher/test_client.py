@@ -15,7 +15,14 @@ import pytest
 from services.contract.errors import InvalidInputError, LabelMismatchError, TeacherError
 from services.contract.lm_head import LmHead
 from services.contract.sequences import LabelOptions, TokenSequence
-from services.contract.soft_labels import ExactLabels, ScoredSequence, encode_labels, hash_sequence, log_softmax
+from services.contract.soft_labels import (
+    ExactLabels,
+    ScoredSequence,
+    checked_positions,
+    encode_labels,
+    hash_sequence,
+    log_softmax,
+)
 from services.contract.teacher.v1 import teacher_service_pb2 as pb
 from services.contract.teacher.v1.teacher_service_pb2_grpc import (
     TeacherServiceServicer,
@@ -219,7 +226,7 @@ def same_head(one: LmHead, other: LmHead) -> bool:
 def test_the_head_arrives_bit_for_bit_and_is_fetched_once(
     dtype: Any, has_bias: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("teacher_server.wire._HEAD_MESSAGE_BYTES", 50)
+    monkeypatch.setattr("services.contract.head_rows._MESSAGE_BYTES", 50)
     head = random_head(dtype=dtype)
     head = head if has_bias else replace(head, bias_V=None)
     liar = Liar(lambda answers: answers, head)
@@ -260,7 +267,7 @@ def test_a_damaged_head_on_disk_is_fetched_again(damage: str, tmp_path: Path) ->
 def test_an_incomplete_head_is_refused(
     spoil: Callable[[list[Any]], list[Any]], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("teacher_server.wire._HEAD_MESSAGE_BYTES", 32)
+    monkeypatch.setattr("services.contract.head_rows._MESSAGE_BYTES", 32)
     with (
         served(Liar(spoil, random_head()), cache_dir=tmp_path) as client,
         pytest.raises(LabelMismatchError, match=words),
@@ -276,7 +283,7 @@ def scored_by(head: LmHead, *, wire: Any, shift: int = 0) -> tuple[ScoredSequenc
     sequence = TokenSequence(id="x", token_ids=ids.tolist(), label_positions=list(range(1, 40)))
     hidden = random.standard_normal((39, head.weight_VD.shape[1])).astype(np.float32)
     logprobs = log_softmax(head.logits(hidden))
-    told = logprobs[np.arange(39), ids[1 + shift : 40 + shift]].astype(np.float32)
+    told = logprobs[np.arange(39), ids[1 + shift : 40 + shift]].astype(np.float32)[checked_positions(39, "exact")]
     labels = ExactLabels(hidden_ND=hidden.astype(wire))
     return ScoredSequence(id="x", sequence_hash=b"", token_logprobs_P=told, labels=labels), sequence
 

@@ -64,7 +64,7 @@ def test_draws_follow_the_models_own_distribution(
         for found_row, expected_row in zip(drawn(scored.labels), drawn(expected), strict=True):
             total += draws
             moved += sum(abs(count - dict(expected_row).get(token, 0)) for token, count in found_row)
-        np.testing.assert_allclose(scored.token_logprobs_N, logprobs[token_column(sequence)], atol=1e-5)
+        np.testing.assert_allclose(scored.token_logprobs_P, logprobs[token_column(sequence)], atol=1e-5)
         assert verify_token_logprobs(scored, sequence) == 0.0
     assert moved <= 1e-3 * total
 
@@ -139,7 +139,7 @@ def scored_with(labels: SampledLabels | ProjectedLabels, sequence: TokenSequence
     return ScoredSequence(
         id=sequence.id,
         sequence_hash=hash_sequence(sequence.token_ids, sequence.label_positions),
-        token_logprobs_N=np.zeros(len(sequence.label_positions), dtype=np.float32),
+        token_logprobs_P=np.zeros(len(sequence.label_positions), dtype=np.float32),
         labels=labels,
     )
 

@@ -407,7 +407,7 @@ def test_two_students_of_two_teachers_take_turns(
         with TeacherClient(either.address, patience_seconds=20) as student:
             student.load_model(str(directory))
             return [
-                float(answer.token_logprobs_N[0])
+                float(answer.token_logprobs_P[0])
                 for _ in range(8)
                 for answer in sorted(student.score(SEQUENCES), key=lambda answer: answer.id)
             ]
@@ -473,7 +473,7 @@ def test_an_engine_that_answers_inconsistently_is_reported(folder: Folder) -> No
         async def score(self, sequence: TokenSequence, options: LabelOptions) -> ScoredSequence:
             scored = await super().score(sequence, options)
             noise = 0.25 * (sequence.id == "copy-3")
-            return replace(scored, token_logprobs_N=scored.token_logprobs_N + np.float32(noise))
+            return replace(scored, token_logprobs_P=scored.token_logprobs_P + np.float32(noise))
 
     engine = Noisy(TransformersModel(folder.base))
     try:

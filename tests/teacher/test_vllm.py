@@ -112,7 +112,7 @@ def test_exact_labels_are_the_whole_distribution(teacher, sequences, reference):
         expected = reference[sequence.id]
         assert np.abs(logprobs - expected)[expected > -15].max() < 2e-3
         actual = expected[np.arange(len(expected)), np.array(sequence.token_ids)[sequence.label_positions]]
-        assert np.abs(scored[sequence.id].token_logprobs_N - actual).max() < 2e-3
+        assert np.abs(scored[sequence.id].token_logprobs_P - actual).max() < 2e-3
 
 
 def test_top_k_keeps_the_exact_tail_mass(teacher, sequences, reference):

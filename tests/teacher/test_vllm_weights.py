@@ -61,7 +61,7 @@ def assert_serves(address: str, directory: Path) -> str:
         (continuation,) = client.generate([Prompt(id="x", token_ids=IDS)], options)
         logits = torch.from_numpy(head.logits(scored.labels.hidden_ND))
         assert np.abs(logits.log_softmax(-1).numpy() - expected[:-1]).max() < 2e-2
-        assert np.abs(scored.token_logprobs_N - expected[np.arange(len(IDS) - 1), IDS[1:]]).max() < 1e-4
+        assert np.abs(scored.token_logprobs_P - expected[np.arange(len(IDS) - 1), IDS[1:]]).max() < 1e-4
         assert list(continuation.token_ids) == written[0, len(IDS) :].tolist()
         return client.describe().fingerprint
 

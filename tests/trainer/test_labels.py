@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from services.contract.errors import CancelledError, InvalidInputError, TeacherError
 from services.contract.sequences import LabelOptions
-from services.contract.soft_labels import ExactLabels, TopKLabels
+from services.contract.soft_labels import ExactLabels, TopKLabels, checked_positions
 from student_trainer.data import Example, encode_examples
 from student_trainer.labels import LabelPrefetcher, label_request, soft_targets
 from student_trainer.teacher_client import TeacherClient
@@ -49,8 +49,9 @@ def test_each_batch_gets_its_own_labels_in_its_own_order(
             for scored, example in zip(labels.take(ticket), batch, strict=True):
                 expected = alone[str(example.index)]
                 assert scored.sequence_hash == expected.sequence_hash
-                np.testing.assert_allclose(scored.token_logprobs_N, expected.token_logprobs_N, atol=1e-4)
-                assert len(scored.token_logprobs_N) == len(example.response_positions)
+                np.testing.assert_allclose(scored.token_logprobs_P, expected.token_logprobs_P, atol=1e-4)
+                checked = checked_positions(len(example.response_positions), options.encoding)
+                assert len(scored.token_logprobs_P) == len(checked)
 
 
 def test_the_wait_for_labels_is_measured(slow_teacher: str, examples: list[Example]) -> None:

@@ -514,7 +514,9 @@ class ScoreSequencesResponse(_message.Message):
     """Whether the labels were computed for an earlier request."""
     @_builtins.property
     def token_logprobs(self) -> Global___Tensor:
-        """Teacher's log-probability of the token at each label position at temperature 1: float32 [N]."""
+        """Teacher's log-probability at temperature 1 of the token at label positions: float32, of all N, but with exact labels
+        of at most 32, evenly spread: position round(i * (N - 1) / 31) for i from 0 to 31, halves to even.
+        """
 
     @_builtins.property
     def exact(self) -> Global___ExactLabels: ...
