@@ -7,8 +7,10 @@ Shape suffixes: B rows, T tokens, N response tokens of the batch.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -47,9 +49,9 @@ def pack(examples: Sequence[Example], *, max_length: int) -> dict[str, Tensor]:
     }
 
 
-def require_packable(model: PreTrainedModel, *, vocab_size: int) -> None:
+def require_packable(model: PreTrainedModel | PeftModel, *, vocab_size: int) -> None:
     """UnsupportedError unless records in one row get the hidden states that each has alone."""
-    layer = model.get_output_embeddings()
+    layer: Any = model.get_output_embeddings()
     device = layer.weight.device
     records = [
         Example(
