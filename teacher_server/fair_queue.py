@@ -113,13 +113,13 @@ class Place:
         self._on_turn: Callable[[Place], None] | None = on_turn
 
     def tell(self) -> None:
-        """That the turn has come. What is told is forgotten, for it may hold labels and this place in turn."""
-        on_turn, self._on_turn = self._on_turn, None
-        assert on_turn is not None, "a turn comes once"
-        on_turn(self)
+        """That the turn has come."""
+        assert self._on_turn is not None, "no turn comes to those who left"
+        self._on_turn(self)
 
     def leave(self) -> None:
         """End the waiting or the work; once is enough and more does no harm."""
         if self.state != "left":
+            # Who was told may hold labels, and holds this place: a cycle that only the garbage collector would end.
             self._on_turn = None
             self._queue._leave(self)
