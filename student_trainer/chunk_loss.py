@@ -18,6 +18,7 @@ from torch import Tensor
 from services.contract.distillation_spec import Divergence
 from student_trainer.divergences import DIVERGENCES
 from student_trainer.output_head import shape_logits
+from student_trainer.universal import UniversalLabel, add_universal
 
 MIN_TAIL_MASS = 1e-6
 """A ghost bucket below this mass is dropped: the logarithm of what the student leaves for it is mostly rounding."""
@@ -65,7 +66,7 @@ class ProjectedLabel(NamedTuple):
     mean_logit_C: Tensor
 
 
-Label = DenseLabel | TopKLabel | SampledLabel | ProjectedLabel
+Label = DenseLabel | TopKLabel | SampledLabel | ProjectedLabel | UniversalLabel
 ChunkLoss = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
@@ -138,6 +139,8 @@ def _add_soft(logits_CV: Tensor, norm_C: Tensor, grad_CV: Tensor, label: Label, 
         soft_C = _add_top_k(heated_CV, norm_C, probs_CV, grad_CV, label, strength=strength)
     elif isinstance(label, SampledLabel):
         soft_C = _add_sampled(heated_CV, norm_C, probs_CV, grad_CV, label, strength=strength)
+    elif isinstance(label, UniversalLabel):
+        soft_C = add_universal(probs_CV, grad_CV, label, strength=strength)
     else:
         grad_CV.add_(probs_CV, alpha=strength)
         soft_C = norm_C - label.mean_logit_C / heat

@@ -5,7 +5,8 @@
 summed over response tokens, with student logits z_s, teacher logits z_t and the token y that stands there ("Smoothing
 Out Hallucinations", Nguyen et al. 2025, equations 1 to 3, at T = 1; T^2 as in arXiv:1503.02531). Per token, with m the
 mass of the teacher's label, L is (1 + alpha*m) * logsumexp(z_s) - z_s[y] - alpha * sum_v p_t[v] * z_s[v] at T = 1.
-Other divergences can take the place of the second CE: see student_trainer/divergences.py.
+Other divergences can take the place of the second CE: see student_trainer/divergences.py, and for teachers with another
+tokenizer student_trainer/universal.py.
 
 Logits exist for one chunk of positions at a time: gradients are formed in the forward pass, so that no tensor of all
 positions by the vocabulary is ever made, neither the student's nor the teacher's.
@@ -23,24 +24,10 @@ from torch.autograd.function import once_differentiable
 
 from services.contract.distillation_spec import Divergence
 from services.contract.errors import UnsupportedError
-from student_trainer.chunk_loss import (
-    DenseLabel,
-    Label,
-    ProjectedLabel,
-    SampledLabel,
-    Terms,
-    TopKLabel,
-    fastest_chunk_loss,
-)
-from student_trainer.output_head import OutputHead, project
-from student_trainer.targets import (
-    ExactTargets,
-    FullTargets,
-    ProjectedTargets,
-    SampledTargets,
-    SoftTargets,
-    TopKTargets,
-)
+from student_trainer.chunk_labels import ChunkLabels
+from student_trainer.chunk_loss import Terms, fastest_chunk_loss
+from student_trainer.output_head import OutputHead
+from student_trainer.targets import ExactTargets, FullTargets, ProjectedTargets, SoftTargets, UniversalTargets
 
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
 
@@ -100,7 +87,7 @@ def distillation_loss(
             divergence=divergence,
             beta=beta,
         ),
-        chunk_size=chunk_size or _chunk_size(hidden_ND.device, vocab_size=vocab_size),
+        chunk_size=chunk_size or _chunk_size(hidden_ND.device, vocab_size=max(vocab_size, _teacher_vocab(targets))),
         matmul_dtype=matmul_dtype,
         wants_gradients=torch.is_grad_enabled(),
     )
@@ -143,6 +130,14 @@ def _chunk_size(device: torch.device, *, vocab_size: int) -> int:
     return max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (4 * vocab_size))
 
 
+def _teacher_vocab(targets: SoftTargets | None) -> int:
+    """Tokens of a teacher that has others than the student."""
+    labels = targets.labels if isinstance(targets, UniversalTargets) else None
+    if isinstance(labels, ExactTargets):
+        return len(labels.head.weight_RD)
+    return labels.logprobs_NV.shape[1] if isinstance(labels, FullTargets) else 0
+
+
 class _FusedLoss(torch.autograd.Function):
     """Forms the gradients while each chunk's logits exist; the backward pass only scales them."""
 
@@ -155,7 +150,9 @@ class _FusedLoss(torch.autograd.Function):
         with torch.autocast(hidden_ND.device.type, enabled=False):
             weight_VD = weight_RD[: job.vocab_size].to(job.matmul_dtype)
             bias_V = None if bias_R is None else bias_R[: job.vocab_size]
-            labels = _Labels(job, hidden_ND)
+            labels = ChunkLabels(
+                job.targets, hidden_ND, vocab_size=job.vocab_size, terms=job.terms, matmul_dtype=job.matmul_dtype
+            )
             gradients = _Gradients(job, hidden_ND, weight_RD, bias_R, weight_VD=weight_VD, wanted=wanted)
             for start in range(0, len(hidden_ND), job.chunk_size):
                 rows = slice(start, min(start + job.chunk_size, len(hidden_ND)))
@@ -175,52 +172,6 @@ class _FusedLoss(torch.autograd.Function):
         assert ctx.gradients is not None, "the graph of the distillation loss is walked once only"
         gradients, ctx.gradients = ctx.gradients, None
         return *(None if gradient is None else gradient.mul_(grad_total) for gradient in gradients), None
-
-
-class _Labels:
-    """Each chunk's share of the targets; of exact ones the teacher's logits."""
-
-    def __init__(self, job: _Job, hidden_ND: Tensor) -> None:
-        self._job = job
-        targets = job.targets
-        if isinstance(targets, ExactTargets):
-            self._weight_VE = targets.head.weight_RD[: job.vocab_size].to(job.matmul_dtype)
-            bias_R = targets.head.bias_R
-            self._bias_V = None if bias_R is None else bias_R[: job.vocab_size]
-        elif isinstance(targets, ProjectedTargets):
-            dtype = job.terms.dtype
-            # The hidden states as the products with the head see them.
-            rounded_ND = hidden_ND.detach().to(job.matmul_dtype).to(dtype)
-            mean_N = torch.linalg.vecdot(rounded_ND, targets.embedding_ND.to(dtype))
-            if targets.bias_N is not None:
-                mean_N = mean_N + targets.bias_N.to(dtype)
-            self._mean_logit_N = mean_N * job.terms.logit_scale
-
-    def of(self, rows: slice) -> Label | None:
-        job, targets, dtype = self._job, self._job.targets, self._job.terms.dtype
-        if targets is None:
-            return None
-        if isinstance(targets, ExactTargets):
-            head, hidden_CE = targets.head, targets.hidden_NE[rows].to(job.matmul_dtype)
-            return DenseLabel(project(hidden_CE, self._weight_VE, self._bias_V, head.logit_scale, head.soft_cap, dtype))
-        if isinstance(targets, FullTargets):
-            return DenseLabel(targets.logprobs_NV[rows, : job.vocab_size].to(dtype))
-        if isinstance(targets, TopKTargets):
-            return TopKLabel(
-                targets.ids_NK[rows], targets.logprobs_NK[rows].to(dtype).exp(), targets.tail_mass_N[rows].to(dtype)
-            )
-        if isinstance(targets, SampledTargets):
-            return _sampled_label(targets, rows, dtype=dtype)
-        return ProjectedLabel(self._mean_logit_N[rows])
-
-
-def _sampled_label(targets: SampledTargets, rows: slice, *, dtype: torch.dtype) -> SampledLabel:
-    offsets = targets.offsets[rows.start : rows.stop + 1]
-    entries = slice(offsets[0], offsets[-1])
-    ids_M = targets.ids_M[entries]
-    lengths_C = torch.tensor(offsets).diff().to(ids_M.device)
-    rows_M = torch.repeat_interleave(lengths_C, output_size=len(ids_M))
-    return SampledLabel(rows_M, ids_M, targets.weights_M[entries].to(dtype))
 
 
 class _Gradients:

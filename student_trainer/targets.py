@@ -62,4 +62,14 @@ class ProjectedTargets:
     bias_N: Tensor | None = None
 
 
-SoftTargets = ExactTargets | FullTargets | TopKTargets | SampledTargets | ProjectedTargets
+@dataclass(frozen=True, kw_only=True, eq=False)
+class UniversalTargets:
+    """Labels of a teacher with another tokenizer: one at each of the positions ``rows``, which ascend and stay on the
+    host. Its vocabulary is its own.
+    """
+
+    labels: ExactTargets | FullTargets | TopKTargets
+    rows: Sequence[int]
+
+
+SoftTargets = ExactTargets | FullTargets | TopKTargets | SampledTargets | ProjectedTargets | UniversalTargets
