@@ -51,8 +51,8 @@ def load_checkpoint_head(
     return CheckpointHead(
         config,
         _Layer(
-            weight=_read(weight, files).to(device=device, dtype=dtype),
-            bias=None if bias is None else _read(bias, files).to(device=device, dtype=dtype),
+            weight=_read(weight, files).to(device=device, dtype=dtype, copy=True),
+            bias=None if bias is None else _read(bias, files).to(device=device, dtype=dtype, copy=True),
         ),
     )
 

@@ -22,6 +22,7 @@ from services.contract.settings import Settings
 from teacher_server.determinism import determinism_spread
 from teacher_server.engine import Engine, TeacherCard
 from teacher_server.engines import EngineSource, engine_source
+from teacher_server.former import FormerEngine
 from teacher_server.in_thread import in_daemon_thread
 from teacher_server.options import TeacherOptions
 from teacher_server.self_check import self_check
@@ -54,7 +55,7 @@ class Models:
         self._served: Served | None = None
         self._paused = False
         self._switching = asyncio.Lock()
-        self._cards: dict[str, TeacherCard] = {}
+        self._former: dict[str, Served] = {}
 
     async def start(self) -> Checked:
         """Load and check the weights that the options name."""
@@ -82,15 +83,15 @@ class Models:
         return self._served
 
     @contextmanager
-    def in_use(self) -> Iterator[Served]:
-        """What is served, around a request that computes: its weights stay as they are until the block ends."""
-        served = self.current
+    def in_use(self, fingerprint: str = "") -> Iterator[Served]:
+        """What is served, around a request that computes: its weights stay as they are until the block ends.
+
+        With the ``fingerprint`` of weights that were served before: an engine that computes nothing, for what is in
+        the label cache.
+        """
+        served = self._former.get(fingerprint) or self.current
         with served.in_use():
             yield served
-
-    def card_of(self, fingerprint: str) -> TeacherCard | None:
-        """The card of weights that this server serves or has served; None for others."""
-        return self._cards.get(fingerprint)
 
     def named(self, model: str) -> Checked:
         """What ``model`` means: what is served, also where it is empty, or what the server was started with.
@@ -211,10 +212,13 @@ class Models:
 
     def _replace(self, served: Served) -> None:
         before, self._served = self._served, served
-        card = served.checked.card
-        self._cards[card.fingerprint] = card
-        if before is not None:
-            before.retire()
+        self._former.pop(served.checked.card.fingerprint, None)
+        if before is None:
+            return
+        if before.checked.card.fingerprint != served.checked.card.fingerprint:
+            former = FormerEngine(before.engine, current=lambda: self.current.engine)
+            self._former[before.checked.card.fingerprint] = Served(former, before.checked)
+        before.retire()
 
 
 def _require_turn(before: Served) -> None:

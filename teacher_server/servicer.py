@@ -98,7 +98,7 @@ class TeacherServicer(TeacherServiceServicer):
 
     async def ScoreSequences(self, request: pb.ScoreSequencesRequest, context: Context) -> None:  # noqa: N802
         async with translated_errors(context):
-            with self._models.in_use() as served:
+            with self._models.in_use(request.fingerprint) as served:
                 sequences, options = await asyncio.to_thread(
                     read_score_request,
                     request,

@@ -3,6 +3,7 @@
 import shutil
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,9 +18,9 @@ from teacher_server import engines, models
 from teacher_server.engine import Engine
 from teacher_server.options import TeacherOptions
 from teacher_server.weights import Weights
+from tests.teacher.loadable import Folder, anew, assert_serves, break_weights
+from tests.teacher.loadable import folder as folder
 from tests.teacher.serving import running_teacher, wait_until
-from tests.teacher.test_models import Folder, _nan, anew, assert_serves
-from tests.teacher.test_models import folder as folder
 
 MANY = [
     TokenSequence(id=str(n), token_ids=[(31 * n + 7 * p) % 290 for p in range(200)], label_positions=range(1, 200))
@@ -56,7 +57,7 @@ def test_after_a_failure_the_weights_before_serve_on(client: TeacherClient, fold
     directory = folder.data / "damaged"
     shutil.rmtree(directory, ignore_errors=True)
     shutil.copytree(folder.tuned, directory)
-    _nan(directory)
+    break_weights(directory)
     before = client.describe().fingerprint
     with pytest.raises(TeacherError, match="not finite"):
         client.load_model(str(directory))
@@ -99,6 +100,30 @@ def test_a_request_under_way_ends_on_the_weights_it_began_with(client: TeacherCl
     assert_serves(client, folder.tuned)
 
 
+def test_labels_in_the_cache_outlast_their_weights(
+    folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "IDLE_SECONDS", 0)
+    settings = Settings(data_dir=folder.data, label_cache_dir=tmp_path / "labels", label_cache_gib=1)
+    options = TeacherOptions(model=str(folder.base), engine="transformers", port=0, label_dtype="float32")
+    with (
+        running_teacher(options, settings=settings) as address,
+        TeacherClient(address, patience_seconds=0) as student,
+        TeacherClient(address) as other,
+    ):
+        first = {answer.id: answer.labels.hidden_ND for answer in student.score(MANY[:3])}
+        other.load_model(str(folder.tuned))
+        again = {answer.id: answer.labels.hidden_ND for answer in student.score(MANY[:3])}
+        assert first.keys() == again.keys()
+        assert all(np.array_equal(first[name], again[name]) for name in first)
+        with pytest.raises(HandshakeError, match=f"serves {folder.tuned} .* by now"):
+            list(student.score(MANY[:5]))
+        tuned = {answer.id: answer.labels.hidden_ND for answer in other.score(MANY[:3])}
+        assert not any(np.array_equal(first[name], tuned[name]) for name in first)
+        other.load_model("")
+        assert len(list(student.score(MANY[:5]))) == 5
+
+
 def test_weights_in_memory_do_not_follow_their_files(client: TeacherClient, folder: Folder) -> None:
     """And files written over others are other weights, whatever their directory's name."""
     directory = folder.data / "rewritten"
@@ -111,5 +136,5 @@ def test_weights_in_memory_do_not_follow_their_files(client: TeacherClient, fold
         assert_serves(client, folder.tuned)
         client.load_model(str(directory))
         assert_serves(client, folder.merged)
-        with pytest.raises(HandshakeError, match="have the fingerprint"):
+        with pytest.raises(HandshakeError, match="no longer"):
             list(student.score(MANY[:1]))

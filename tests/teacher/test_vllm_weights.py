@@ -13,7 +13,7 @@ from services.contract.errors import SmoothKDError
 from services.contract.sequences import DecodeOptions, LabelOptions, Prompt, TokenSequence
 from services.models.tiny import make_tiny_model
 from student_trainer.teacher_client import TeacherClient
-from tests.teacher.test_models import _nan, make_adapter
+from tests.teacher.loadable import break_weights, make_adapter
 from tests.teacher.test_vllm import PYTHON, Served, start, stop
 
 pytestmark = [
@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_tiny_model(folder / "other", seed=2, hidden_size=256)
     make_adapter(folder / "base", folder / "adapter", merged=folder / "merged")
     shutil.copytree(folder / "other", folder / "broken")
-    _nan(folder / "broken")
+    break_weights(folder / "broken")
     return folder
 
 
