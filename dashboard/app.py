@@ -21,6 +21,7 @@ page = st.navigation(
         st.Page("views/runs.py", title="Runs", icon=":material/show_chart:"),
         st.Page("views/summary.py", title="Summary", icon=":material/table_chart:"),
         st.Page("views/case_studies.py", title="Case studies", icon=":material/compare:"),
+        st.Page("views/annotate.py", title="Annotate", icon=":material/edit_note:"),
     ],
     position="top",
 )

@@ -21,7 +21,7 @@ from services.reports.page import page_html, table_html
 from services.reports.plots import density_plot, figure_html, reliability_plot
 
 GRID = 400
-NLL_LABEL = "negative log-likelihood of wrong answers (nats); further right is less sure of what is false"
+NLL_LABEL = "negative log-likelihood of wrong answers (nats)"
 
 
 class ModelConfidence(Record):
@@ -103,7 +103,7 @@ def write_overconfidence(models: Sequence[ModelConfidence], out: Path) -> None:
     )
     body = (
         table_html(COLUMNS, [table_row(one) for one in models])
-        + figure_html(density, caption=f"Kernel density of the {NLL_LABEL}")
+        + figure_html(density, caption=f"Kernel density of the {NLL_LABEL}; further right is less sure")
         + figure_html(reliability, caption="Reliability: accuracy over confidence, 15 bins; the diagonal is calibrated")
     )
     examples = ", ".join(dict.fromkeys(f"{one.examples} examples" for one in models))

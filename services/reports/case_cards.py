@@ -14,10 +14,16 @@ STYLE = Path(__file__).with_name("cards.css")
 
 def article_html(study: CaseStudy) -> str:
     """The source, in a box that scrolls by itself, and the reference summary above it."""
-    words = len(study.source.split())
     return (
         f'<div class="sk-card sk-reference"><div class="sk-card-head"><strong>Reference</strong></div>'
-        f'<div class="sk-text" dir="auto">{escape(study.reference)}</div></div>'
+        f'<div class="sk-text" dir="auto">{escape(study.reference)}</div></div>{source_html(study)}'
+    )
+
+
+def source_html(study: CaseStudy) -> str:
+    """The source alone, in a box that scrolls by itself."""
+    words = len(study.source.split())
+    return (
         f'<div class="sk-card sk-article"><div class="sk-card-head"><strong>Article</strong>'
         f'<span class="sk-dim">{escape(study.item_id)} · {words} words</span></div>'
         f'<div class="sk-text" dir="auto" tabindex="0">{escape(study.source)}</div></div>'

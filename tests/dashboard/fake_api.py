@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import uvicorn
@@ -18,6 +18,7 @@ import yaml
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
+from services.contract.annotation_records import Annotation, AnnotationList, NewAnnotation
 from services.contract.errors import AuthenticationError, NotFoundError, SmoothKDError, StoreUnavailableError
 from services.contract.problems import MEDIA_TYPE, describe
 from services.contract.records import (
@@ -34,6 +35,7 @@ from services.contract.records import (
 from services.contract.spec import SweepSpec, expand
 from services.contract.spec_reading import parse_sweep
 from services.contract.states import State
+from services.reports.annotation import annotator_agreement, judged_outputs
 from tests.dashboard.seed import World, make_metrics, make_summary, paper_sized, populated
 from tests.dashboard.seed_studies import by_metric, make_studies
 
@@ -48,6 +50,7 @@ class FakeApi:
         self.failure: SmoothKDError | None = None
         self.lose_answer = False
         self.requests: list[str] = []
+        self.annotations: dict[tuple[str, str, str, str], Annotation] = {}
         self.keys_seen: list[str] = []
         self.on_request: Callable[[], None] = lambda: None
         self.url = ""
@@ -66,6 +69,9 @@ class FakeApi:
         app.get("/v1/sweeps/{sweep_id}/summary")(self.summary)
         app.get("/v1/sweeps/{sweep_id}/case-studies")(self.case_studies)
         app.get("/v1/sweeps/{sweep_id}/report")(self.report)
+        app.post("/v1/runs/{run_id}/annotations")(self.annotate)
+        app.get("/v1/sweeps/{sweep_id}/annotations")(self.annotations_of)
+        app.get("/v1/sweeps/{sweep_id}/annotations/agreement")(self.agreement)
         return app
 
     def sweeps(self, limit: int = 50, cursor: str | None = None) -> Response:
@@ -125,6 +131,29 @@ class FakeApi:
         if metric != "unsupported_words":
             studies = by_metric(studies, metric)
         return _json(_page(CaseStudyPage, studies, limit=limit, cursor=cursor))
+
+    def annotations_of(self, sweep_id: str, annotator: str | None = None) -> Response:
+        self._found(sweep_id)
+        kept = [one for one in self._judged(sweep_id) if annotator in (None, one.annotator)]
+        return _json(AnnotationList(items=kept))
+
+    def annotate(self, run_id: str, annotation: NewAnnotation) -> Response:
+        written = Annotation(**annotation.model_dump(), run_id=run_id, written_at=datetime.now(UTC))
+        self.annotations[run_id, written.benchmark, written.item_id, written.annotator] = written
+        return _json(written)
+
+    def agreement(self, sweep_id: str) -> Response:
+        self._found(sweep_id)
+        texts = {
+            (output.run_id, study.benchmark, study.item_id): (study.source, output.output)
+            for study in self.world.studies[sweep_id]
+            for output in study.outputs
+        }
+        return _json(annotator_agreement(judged_outputs(self._judged(sweep_id), texts)))
+
+    def _judged(self, sweep_id: str) -> list[Annotation]:
+        runs = {run.id for run in self.world.runs[sweep_id]}
+        return [one for key, one in sorted(self.annotations.items()) if key[0] in runs]
 
     def report(self, sweep_id: str, format: str = "json") -> Response:
         self._found(sweep_id)

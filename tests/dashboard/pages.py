@@ -1,6 +1,6 @@
 """What tests read off a drawn page."""
 
-PAGES = ("sweeps", "runs", "summary", "case_studies")
+PAGES = ("sweeps", "runs", "summary", "case_studies", "annotate")
 FINISHED, RUNNING, CANCELLED = "sw-0003-finished", "sw-0004-running", "sw-0002-cancelled"
 
 
