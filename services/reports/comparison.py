@@ -34,16 +34,15 @@ def compare_with_baseline(
     methods = [method for method in dict.fromkeys(run.method for run in runs) if method != BASELINE]
     if not any(run.method == BASELINE for run in runs):
         return []
-    found: list[Comparison] = []
-    for column, higher_is_better in columns.items():
-        sides = [_side(runs, method, column, items=items, valued=valued) for method in methods]
+    found: dict[tuple[str, Column], Comparison] = {}
+    for benchmark in dict.fromkeys(benchmark for benchmark, _ in columns):
+        asked = [(method, column) for method in methods for column in columns if column[0] == benchmark]
+        sides = [_side(runs, method, column, items=items, valued=valued) for method, column in asked]
+        # Drawing resamples is what takes time: all comparisons of a benchmark share them.
         means = _bootstrap(sides, resamples=resamples)
-        found += [
-            _comparison(method, column, side, mean, higher_is_better=higher_is_better)
-            for method, side, mean in zip(methods, sides, means, strict=True)
-        ]
-    order = {method: place for place, method in enumerate(methods)}
-    return _adjusted(sorted(found, key=lambda comparison: order[comparison.method]), columns=columns)
+        for (method, column), side, mean in zip(asked, sides, means, strict=True):
+            found[method, column] = _comparison(method, column, side, mean)
+    return _adjusted([found[method, column] for method in methods for column in columns], columns=columns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +96,7 @@ def _bootstrap(sides: Sequence[_Side], *, resamples: int) -> list[MeanDifference
     return [next(means) if side.difference_N is not None else None for side in sides]
 
 
-def _comparison(
-    method: str, column: Column, side: _Side, mean: MeanDifference | None, *, higher_is_better: bool
-) -> Comparison:
+def _comparison(method: str, column: Column, side: _Side, mean: MeanDifference | None) -> Comparison:
     benchmark, metric = column
     if mean is None:
         return Comparison(
