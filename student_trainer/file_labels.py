@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from services.contract.errors import HandshakeError, InvalidInputError
 from services.contract.lm_head import LmHead
 from services.contract.sequences import LabelOptions, TokenSequence
+from services.contract.settings import Settings
 from services.contract.soft_labels import ScoredSequence, hash_sequence
 from services.contract.spec import RunSpec
 from services.labels.files import LabelFiles
@@ -18,14 +19,15 @@ from student_trainer.alignment import check_scored
 from student_trainer.data import Example
 from student_trainer.handshake import PROBE_TEXTS, StudentTokenizer, require_shared_tokenizer
 from student_trainer.labels import label_request
+from student_trainer.readings import teacher_tokenizer
 from student_trainer.student_head import StudentHead
 from student_trainer.teacher import Teacher, label_options
-from student_trainer.teacher_client import teacher_info
+from student_trainer.teacher_info import teacher_info
 
 log = logging.getLogger(__name__)
 
 
-def teacher_in_files(spec: RunSpec, *, tokenizer: PreTrainedTokenizerBase) -> Teacher:
+def teacher_in_files(spec: RunSpec, *, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Teacher:
     """The teacher whose labels lie in ``distillation.labels.path``, once it is certain that they are this run's.
 
     InvalidInputError where the directory holds no labels, or labels made in another way; HandshakeError where they are
@@ -37,7 +39,7 @@ def teacher_in_files(spec: RunSpec, *, tokenizer: PreTrainedTokenizerBase) -> Te
     options = label_options(spec.distillation)
     _require_teacher(files, spec)
     _require_options(files, options)
-    _require_tokenizer(files.manifest, tokenizer)
+    _require_tokenizer(files.manifest, teacher_tokenizer(spec, tokenizer=tokenizer, settings=settings))
     log.info("labels of %d sequences lie in %s; no teacher is asked", len(files), files.directory)
     return Teacher(
         source=FileLabels(files),

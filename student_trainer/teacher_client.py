@@ -4,12 +4,10 @@ Requests outlive the teacher: while none answers the client asks again, and afte
 sequences that are still missing, so that every sequence arrives exactly once.
 """
 
-import itertools
 import logging
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,7 +29,7 @@ from services.contract.sequences import (
     Prompt,
     TokenSequence,
 )
-from services.contract.soft_labels import MAX_REQUEST_BYTES, WIRE_ENCODINGS, ScoredSequence, decode_labels
+from services.contract.soft_labels import ScoredSequence, decode_labels
 from services.contract.teacher.v1 import teacher_service_pb2 as pb
 from services.contract.teacher.v1.teacher_service_pb2_grpc import TeacherServiceStub
 from services.contract.teacher_channel import CLIENT_KEY, TeacherAccess, open_teacher_channel
@@ -41,7 +39,9 @@ from student_trainer.lm_head_cache import cached_lm_head
 from student_trainer.patience import Patience
 from student_trainer.student_head import MOST_REPLICAS, StudentHead
 from student_trainer.teacher_errors import translate
+from student_trainer.teacher_info import TeacherInfo, teacher_info
 from student_trainer.teacher_loading import load_on_every_replica
+from student_trainer.teacher_requests import generate_request, one_request, read_continuation, score_request
 from student_trainer.tracing import traced_stream
 
 log = logging.getLogger(__name__)
@@ -49,31 +49,6 @@ log = logging.getLogger(__name__)
 Item = TypeVar("Item", TokenSequence, Prompt)
 Answer = TypeVar("Answer", ScoredSequence, Continuation)
 Message = TypeVar("Message", pb.ScoreSequencesResponse, pb.GenerateSequencesResponse)
-
-_REQUEST_OVERHEAD_BYTES = 1024
-"""Of one sequence: its id of up to 200 characters, and field headers."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeacherInfo:
-    """Who the teacher is. ``vocab_size`` counts real tokens; ``max_length`` is in tokens.
-
-    ``determinism_spread``: nats by which a token's log-probability varies with what is computed beside it.
-    """
-
-    model: str
-    revision: str
-    fingerprint: str
-    tokenizer_fingerprint: str
-    vocab_size: int
-    hidden_size: int
-    max_length: int
-    encodings: tuple[Encoding, ...]
-    max_k: int
-    max_sequences: int
-    engine: str
-    generates: bool
-    determinism_spread: float
 
 
 class TeacherClient:
@@ -182,25 +157,6 @@ class TeacherClient:
         """
         options = options or LabelOptions()
         info = self.describe()
-        wire_options = pb.LabelOptions(
-            encoding=WIRE_ENCODINGS[options.encoding],
-            k=options.k,
-            temperature=options.temperature,
-            draws=options.draws,
-            seed=options.seed,
-            student_head=options.student_head,
-        )
-
-        def request(part: Iterable[TokenSequence]) -> pb.ScoreSequencesRequest:
-            return pb.ScoreSequencesRequest(
-                model=info.model,
-                fingerprint=info.fingerprint,
-                options=wire_options,
-                sequences=[
-                    pb.ScoreSequence(id=item.id, token_ids=item.token_ids, label_positions=item.label_positions)
-                    for item in part
-                ],
-            )
 
         def read(message: pb.ScoreSequencesResponse, sequence: TokenSequence) -> ScoredSequence:
             scored = decode_labels(message)
@@ -215,7 +171,7 @@ class TeacherClient:
             return scored
 
         def ask(part: Iterable[TokenSequence]) -> Any:
-            message = request(part)
+            message = score_request(part, info=info, options=options)
             return traced_stream(
                 "ScoreSequences",
                 lambda more: self._stub.ScoreSequences(message, timeout=self._timeout_seconds, metadata=more),
@@ -228,25 +184,8 @@ class TeacherClient:
         """The teacher's continuation of every prompt, each exactly once, as they come."""
         info = self.describe()
 
-        def request(part: Iterable[Prompt]) -> pb.GenerateSequencesRequest:
-            return pb.GenerateSequencesRequest(
-                model=info.model,
-                fingerprint=info.fingerprint,
-                prompts=[pb.GeneratePrompt(id=prompt.id, token_ids=prompt.token_ids) for prompt in part],
-                max_new_tokens=options.max_new_tokens,
-                temperature=options.temperature,
-                seed=options.seed,
-                stop_token_ids=options.stop_token_ids,
-            )
-
-        def read(message: pb.GenerateSequencesResponse, prompt: Prompt) -> Continuation:
-            stopped = message.finish_reason == pb.FINISH_REASON_STOP
-            return Continuation(
-                id=prompt.id, token_ids=tuple(message.token_ids), finish_reason="stop" if stopped else "length"
-            )
-
         def ask(part: Iterable[Prompt]) -> Any:
-            message = request(part)
+            message = generate_request(part, info=info, options=options)
             return traced_stream(
                 "GenerateSequences",
                 lambda metadata: self._stub.GenerateSequences(
@@ -255,7 +194,7 @@ class TeacherClient:
                 sequences=len(message.prompts),
             )
 
-        return self._each_once(prompts, ask=ask, read=read)
+        return self._each_once(prompts, ask=ask, read=read_continuation)
 
     def _get_teacher(self, model: str, *, probe_texts: Iterable[str]) -> pb.GetTeacherResponse:
         request = pb.GetTeacherRequest(model=model, probe_texts=probe_texts)
@@ -333,7 +272,7 @@ class TeacherClient:
         patience = self._patience()
         while missing:
             self._require_open()
-            asked = _one_request(missing, max_sequences=self.describe().max_sequences)
+            asked = one_request(missing, max_sequences=self.describe().max_sequences)
             stream = None
             head_sent = self._student_head.times_sent if self._student_head else 0
             try:
@@ -373,39 +312,6 @@ class TeacherClient:
             misses=patience.misses,
         )
         return True
-
-
-def teacher_info(response: pb.GetTeacherResponse) -> TeacherInfo:
-    """A teacher's answer to GetTeacher, with names instead of numbers."""
-    names = {number: name for name, number in WIRE_ENCODINGS.items()}
-    return TeacherInfo(
-        model=response.model,
-        revision=response.revision,
-        fingerprint=response.fingerprint,
-        tokenizer_fingerprint=response.tokenizer_fingerprint,
-        vocab_size=response.vocab_size,
-        hidden_size=response.hidden_size,
-        max_length=response.max_length,
-        encodings=tuple(names[number] for number in response.encodings if number in names),
-        max_k=response.max_k,
-        max_sequences=response.max_sequences,
-        engine=response.engine,
-        generates=response.generates,
-        determinism_spread=response.determinism_spread,
-    )
-
-
-def _one_request(missing: dict[str, Item], *, max_sequences: int) -> dict[str, Item]:
-    """The first of what is missing, as much as the teacher takes at a time."""
-    asked: dict[str, Item] = {}
-    room = MAX_REQUEST_BYTES
-    for id, item in itertools.islice(missing.items(), max_sequences):
-        # Ids and positions below two million take up to 3 bytes each.
-        room -= _REQUEST_OVERHEAD_BYTES + 3 * (len(item.token_ids) + len(getattr(item, "label_positions", ())))
-        if asked and room < 0:
-            break
-        asked[id] = item
-    return asked
 
 
 def _unexpected(sequence_id: str, *, missing: bool) -> LabelMismatchError:

@@ -160,7 +160,7 @@ def test_more_sequences_than_a_request_may_hold_are_split() -> None:
 
 
 def test_requests_stay_below_the_size_that_a_teacher_accepts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("student_trainer.teacher_client.MAX_REQUEST_BYTES", 20_000)
+    monkeypatch.setattr("student_trainer.teacher_requests.MAX_REQUEST_BYTES", 20_000)
     ids = [2_000_000] * 1000
     sequences = [
         TokenSequence(id=str(index), token_ids=ids[: 4 if index else 1000], label_positions=[1, 2])

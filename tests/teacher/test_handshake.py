@@ -15,7 +15,7 @@ def test_the_teachers_own_tokenizer_passes(tiny_teacher: TeacherClient, tiny_mod
     info = tiny_teacher.handshake(tokenizer)
     assert (info.vocab_size, info.hidden_size, info.max_length) == (len(tokenizer), 32, 256)
     assert info.engine == "transformers"
-    assert info.encodings == ("exact", "top_k", "full")
+    assert info.encodings == ("exact", "top_k", "full", "sampled", "projected")
     assert tiny_teacher.handshake(tokenizer, info.model, "top_k") == info
 
 
