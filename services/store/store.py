@@ -104,7 +104,7 @@ class Store:
             return stages.read_stage(connection, stage_id)
 
     def stage_key(self, stage_id: str) -> str:
-        """Hash of what the stage's output depends on: a decode's ``RunSpec.decode_key``, else ``RunSpec.key``."""
+        """What its output depends on: ``RunSpec.finetune_key`` or ``decode_key`` of shared stages, else ``key``."""
         with self._database.reading() as connection:
             key = connection.execute(select(schema.stages.c.key).where(schema.stages.c.id == stage_id)).scalar()
             if key is None:
