@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from services.cli import labels_commands, lens_commands, sweep_commands
+from services.cli import labels_commands, lens_commands, sweep_commands, teacher_commands
 from services.contract.errors import MissingExtraError, SmoothKDError
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ FILES = "One model, without queue, store or API"
 
 TeacherModel = Annotated[str, typer.Option("--model", help="Directory or hub id of the teacher.")]
 Engine = Annotated[str, typer.Option(help="What computes: auto, transformers, vllm, mock.")]
-VLLM = typer.Option(help="As vLLM names it.", rich_help_panel="vLLM")
 EXTRAS = {
     "fastapi": "api",
     "sse_starlette": "api",
@@ -123,84 +122,8 @@ def api() -> None:
     serve(settings)
 
 
-@app.command(rich_help_panel=PARTS)
-def teacher(
-    *,
-    model: Annotated[str, typer.Option(help="Directory or hub id of the teacher, or directory of a LoRA adapter.")],
-    base: Annotated[str | None, typer.Option(help="Of an adapter: its model, where it does not name it.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Revision on the hub.")] = None,
-    engine: Engine = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
-    max_length: Annotated[int | None, typer.Option(min=2, help="Longest sequence in tokens.")] = None,
-    label_dtype: Annotated[str, typer.Option(help="Type of hidden states on the wire; auto has 16 bits.")] = "auto",
-    allow_models_below: Annotated[
-        list[Path] | None,
-        typer.Option(help="Where other weights may be loaded from, besides the data directory; repeatable."),
-    ] = None,
-    tensor_parallel_size: Annotated[int, VLLM] = 1,
-    pipeline_parallel_size: Annotated[int, VLLM] = 1,
-    quantization: Annotated[str | None, VLLM] = None,
-    gpu_memory_utilization: Annotated[float, VLLM] = 0.8,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model; read it first.")
-    ] = False,
-    metrics_port: Annotated[int | None, typer.Option(help="Serve Prometheus metrics here.")] = None,
-    drain_seconds: Annotated[
-        float, typer.Option(min=0, help="How long a stopping teacher lets calls under way finish.")
-    ] = 20.0,
-    generation: Annotated[
-        bool, typer.Option("--generation", help="With vLLM: also decode, for sequence level, in a second engine.")
-    ] = False,
-    max_lora_rank: Annotated[
-        int, typer.Option(min=0, help="Largest LoRA adapter to be loaded later.", rich_help_panel="vLLM")
-    ] = 0,
-) -> None:
-    """Serve a teacher's soft labels over gRPC."""
-    from teacher_server.server import TeacherOptions, serve
-    from teacher_server.vllm_options import VllmOptions
-
-    serve(
-        _settings(),
-        TeacherOptions(
-            model=model,
-            revision=revision,
-            base=base,
-            allow_models_below=tuple(allow_models_below or ()),
-            engine=engine,
-            dtype=dtype,
-            device=device,
-            max_length=max_length,
-            label_dtype=label_dtype,
-            trust_remote_code=trust_remote_code,
-            metrics_port=metrics_port,
-            drain_seconds=drain_seconds,
-            vllm=VllmOptions(
-                tensor_parallel_size=tensor_parallel_size,
-                pipeline_parallel_size=pipeline_parallel_size,
-                quantization=quantization,
-                gpu_memory_utilization=gpu_memory_utilization,
-                generation=generation,
-                max_lora_rank=max_lora_rank,
-            ),
-        ),
-    )
-
-
-@app.command(rich_help_panel=PARTS)
-def load_teacher(
-    model: Annotated[str, typer.Argument(help="Directory of a checkpoint or LoRA adapter; empty: as at the start.")],
-) -> None:
-    """Have the running teacher serve other weights, without a restart."""
-    from services.contract.teacher_channel import teacher_access
-    from student_trainer.teacher_client import TeacherClient
-
-    settings = _settings()
-    name = str(Path(model).absolute()) if model and Path(model).is_dir() else model
-    with TeacherClient(settings.resolved_teacher_address, access=teacher_access(settings)) as client:
-        client.load_model(name)
-        info = client.describe()
-    typer.echo(f"{info.model} (fingerprint {info.fingerprint})")
+app.command(rich_help_panel=PARTS)(teacher_commands.teacher)
+app.command(rich_help_panel=PARTS)(teacher_commands.load_teacher)
 
 
 @app.command(rich_help_panel=PARTS)
