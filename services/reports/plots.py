@@ -15,8 +15,11 @@ from services.contract.metric_words import metric_title
 from services.contract.report_records import Comparison, TradeOff
 from services.reports.colours import BASELINE
 
-# Once and for all: a context would change them under other threads' feet. Text stays text, and identifiers repeat.
-mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "smoothkd", "font.family": "sans-serif"})
+# Once and for all: a context would change them under other threads' feet. Text stays text, a dollar is a dollar, and
+# the same figure has the same identifiers.
+mpl.rcParams.update(
+    {"svg.fonttype": "none", "svg.hashsalt": "smoothkd", "font.family": "sans-serif", "text.parse_math": False}
+)
 
 POINTS_PER_CURVE = 400
 Array = NDArray[np.float64]
