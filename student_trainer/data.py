@@ -20,12 +20,29 @@ NOT_LEARNT = -100
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reading:
+    """A record as a teacher with another tokenizer reads it.
+
+    Before ``label_positions[i]`` it has read as much of the response as the student has before the token at
+    ``response_places[i]``, counted from the response's start. Both ascend.
+    """
+
+    token_ids: list[int]
+    label_positions: list[int]
+    response_places: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Example:
-    """``index``: the record's place in the data set, from 0; the response starts at ``prompt_length``."""
+    """``index``: the record's place in the data set, from 0; the response starts at ``prompt_length``.
+
+    ``reading``: the teacher's own, where its tokenizer is another.
+    """
 
     index: int
     token_ids: list[int]
     prompt_length: int
+    reading: Reading | None = None
 
     @property
     def response_positions(self) -> range:

@@ -14,6 +14,7 @@ from services.contract.settings import Settings
 from services.contract.spec import RunSpec
 from services.datasets.reading import load_records
 from student_trainer.progress import Progress
+from student_trainer.readings import teacher_tokenizer
 from student_trainer.run_directory import write_whole
 from student_trainer.teacher import open_client
 from student_trainer.teacher_client import TeacherClient
@@ -44,6 +45,7 @@ def decode_responses(
         return path
     records = load_records(spec.dataset, offline=settings.offline)
     teacher = open_client(spec, tokenizer=tokenizer, settings=settings)
+    tokenizer = teacher_tokenizer(spec, tokenizer=tokenizer, settings=settings)
     responses: dict[int, str] = {}
     try:
         with Progress("decode", unit="prompts", total=len(records)) as progress:

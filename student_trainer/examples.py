@@ -9,6 +9,7 @@ from services.contract.spec import DatasetSpec, RunSpec
 from services.datasets.reading import load_records
 from student_trainer.data import Example, encode_examples
 from student_trainer.decode import decode_responses
+from student_trainer.readings import teacher_tokenizer, with_readings
 from student_trainer.student import longest_sequence
 
 
@@ -26,9 +27,15 @@ def load_examples(
     data set cannot be read or none of its records fits; TeacherError where responses are to be decoded and cannot.
     """
     dataset = spec.dataset
+    reader = teacher_tokenizer(spec, tokenizer=tokenizer, settings=settings)
+    reads_otherwise = spec.alpha > 0 and reader is not tokenizer
     if spec.decodes:
         decoded = decode_responses(spec, tokenizer=tokenizer, settings=settings, should_stop=should_stop)
         dataset = DatasetSpec(path=str(decoded))
     records = load_records(dataset, offline=settings.offline)
-    limits = [spec.training.max_length, longest_sequence(spec.student, settings), teacher_max_length]
-    return encode_examples(records, tokenizer, max_length=min(limit for limit in limits if limit))
+    limits = [spec.training.max_length, longest_sequence(spec.student, settings)]
+    limits += [] if reads_otherwise else [teacher_max_length]
+    examples = encode_examples(records, tokenizer, max_length=min(limit for limit in limits if limit))
+    if not reads_otherwise:
+        return examples
+    return with_readings(examples, records, tokenizer=tokenizer, teacher=reader, teacher_max_length=teacher_max_length)

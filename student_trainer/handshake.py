@@ -67,7 +67,8 @@ def require_shared_tokenizer(
     if differences:
         raise HandshakeError(
             f"the student's tokenizer is not that of the teacher {teacher.model}: {'; '.join(differences)}",
-            fix="Soft labels need one tokenizer on both sides: choose teacher and student of one model family.",
+            fix="Soft labels need one tokenizer on both sides: choose teacher and student of one model family, or set "
+            "distillation.cross_tokenizer: uld to learn from the teacher's sorted probabilities.",
             details={f"difference.{index}": line for index, line in enumerate(differences)},
         )
 

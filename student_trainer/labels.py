@@ -37,6 +37,7 @@ from student_trainer.targets import (
     SampledTargets,
     SoftTargets,
     TopKTargets,
+    UniversalTargets,
 )
 
 REQUESTS_AT_ONCE = 4
@@ -117,7 +118,11 @@ class LabelPrefetcher:
 
 
 def label_request(example: Example, *, id: str) -> TokenSequence:
-    """What to ask for an example: its tokens, labelled where its response stands."""
+    """What to ask for an example: its tokens, labelled where its response stands; or the teacher's reading of it."""
+    if example.reading is not None:
+        return TokenSequence(
+            id=id, token_ids=example.reading.token_ids, label_positions=example.reading.label_positions
+        )
     return TokenSequence(id=id, token_ids=example.token_ids, label_positions=example.response_positions)
 
 
@@ -145,6 +150,17 @@ def soft_targets(labels: Sequence[SoftLabels], *, teacher_head: OutputHead | Non
         )
     full = _all_of(FullLabels, labels)
     return FullTargets(logprobs_NV=_join([part.logprobs_NV for part in full], device))
+
+
+def universal_targets(targets: SoftTargets, examples: Sequence[Example]) -> UniversalTargets:
+    """A batch's labels by a teacher with another tokenizer, at the response tokens that they belong to."""
+    assert isinstance(targets, ExactTargets | FullTargets | TopKTargets), "the specification allows no others"
+    rows, before = [], 0
+    for example in examples:
+        assert example.reading is not None
+        rows += [before + place for place in example.reading.response_places]
+        before += len(example.response_positions)
+    return UniversalTargets(labels=targets, rows=rows)
 
 
 def as_tensor(array: Array) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from services.contract.distillation_spec import DistillationSpec
-from services.contract.errors import TeacherError
+from services.contract.errors import HandshakeError, TeacherError
 from services.contract.lm_head import LmHead
 from services.contract.sequences import LabelOptions, TokenSequence
 from services.contract.settings import Settings
@@ -23,7 +23,9 @@ from student_trainer.label_source import LabelSource
 from student_trainer.labels import as_array, as_tensor, label_request
 from student_trainer.loss import require_projectable
 from student_trainer.output_head import OutputHead
-from student_trainer.teacher_client import TeacherClient, TeacherInfo
+from student_trainer.readings import teacher_tokenizer
+from student_trainer.teacher_client import TeacherClient
+from student_trainer.teacher_info import TeacherInfo
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +76,8 @@ class Teacher:
 
 
 def connect_teacher(spec: RunSpec, *, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Teacher:
-    """The teacher that ``spec`` names, once it is certain to share the student's tokenizer.
+    """The teacher that ``spec`` names, once it is certain to share the student's tokenizer, or to have that of the
+    teacher's model where the run allows for another.
 
     TeacherUnavailableError where none answers, HandshakeError where it is another, UnsupportedError where it does not
     offer the encoding.
@@ -97,12 +100,13 @@ def open_client(spec: RunSpec, *, tokenizer: PreTrainedTokenizerBase, settings: 
     theirs loaded meanwhile.
     """
     assert spec.teacher is not None
+    tokenizer = teacher_tokenizer(spec, tokenizer=tokenizer, settings=settings)
     address = settings.resolved_teacher_address
     log.info("asking the teacher at %s for %s", address, spec.teacher.model)
     client = TeacherClient(address, access=teacher_access(settings), cache_dir=settings.data_dir / "lm_heads")
     encoding = spec.distillation.labels.encoding
     try:
-        own = client.handshake(tokenizer, spec.teacher.model, encoding)
+        own = _introduced(client, spec, tokenizer)
         finetuned = finetuned_directory(spec, settings)
         client.load_model(own.model if finetuned is None else _served_path(finetuned, settings))
         client.handshake(tokenizer, encoding=encoding)
@@ -110,6 +114,21 @@ def open_client(spec: RunSpec, *, tokenizer: PreTrainedTokenizerBase, settings: 
         client.close()
         raise
     return client
+
+
+def _introduced(client: TeacherClient, spec: RunSpec, tokenizer: PreTrainedTokenizerBase) -> TeacherInfo:
+    assert spec.teacher is not None
+    try:
+        return client.handshake(tokenizer, spec.teacher.model, spec.distillation.labels.encoding)
+    except HandshakeError as error:
+        if spec.distillation.cross_tokenizer is None or "difference.0" not in error.details:
+            raise
+        raise HandshakeError(
+            f"the tokenizer of {spec.teacher.model} here is not the one at the teacher: "
+            f"{error.details['difference.0']}",
+            fix="Name the very model that the teacher serves as teacher.model; its tokenizer is read here, too.",
+            details=error.details,
+        ) from None
 
 
 def _served_path(finetuned: Path, settings: Settings) -> str:

@@ -113,7 +113,7 @@ def _prepared(spec: RunSpec, settings: Settings, stopping: Callable[[], bool]) -
         teacher: Teacher | None = None
         if spec.alpha > 0:
             if spec.distillation.labels.path:
-                teacher = teacher_in_files(spec, tokenizer=tokenizer)
+                teacher = teacher_in_files(spec, tokenizer=tokenizer, settings=settings)
             else:
                 teacher = connect_teacher(spec, tokenizer=tokenizer, settings=settings)
             stack.callback(teacher.source.close)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from services.contract.distillation_spec import Divergence
 from services.contract.errors import TrainingError
 from student_trainer.data import Example, collate
-from student_trainer.labels import LabelPrefetcher, soft_targets
+from student_trainer.labels import LabelPrefetcher, soft_targets, universal_targets
 from student_trainer.loss import LossSums, distillation_loss
 from student_trainer.output_head import OutputHead
 from student_trainer.student import final_hidden_states, output_head
@@ -140,11 +140,13 @@ class DistillationTrainer(Trainer):
         if labels is None:
             return None
         scored = labels.take(inputs["ticket"])
-        return soft_targets(
+        targets = soft_targets(
             [part.labels for part in scored],
             teacher_head=self._objective.teacher_head,
             device=self.accelerator.device,
         )
+        examples = [self._examples[index] for index in inputs["record_B"].tolist()]
+        return universal_targets(targets, examples) if examples[0].reading else targets
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)

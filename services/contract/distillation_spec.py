@@ -6,6 +6,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from services.contract.evaluation_spec import Spec
 from services.contract.sequences import Encoding
+from services.contract.training_spec import TrainingSpec
 
 Divergence = Literal["cross_entropy", "forward_kl", "reverse_kl", "jsd"]
 
@@ -72,12 +73,29 @@ class LabelSpec(Spec):
         return self
 
 
+class OnPolicySpec(Spec):
+    """On-policy distillation (GKD, arXiv:2306.13649): how many steps learn from the student's own responses.
+
+    That share of the optimizer steps, chosen by the run's seed, keeps the prompts of its records and lets the student
+    decode the responses, at ``temperature`` (0 is greedy) and up to ``max_new_tokens``; the teacher scores them when
+    they are there. Such steps take the soft term alone, for the hard one belongs to responses that are to be learnt.
+    """
+
+    fraction: Annotated[float, Field(gt=0, le=1)]
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    max_new_tokens: Annotated[int, Field(ge=1)] = 128
+
+
 class DistillationSpec(Spec):
     """``level`` says whose responses are learnt: the data set's (word) or the teacher's (sequence).
 
     ``divergence`` is what alpha weighs: the paper's ``cross_entropy``, or ``forward_kl``, ``reverse_kl`` or ``jsd``
     (with ``beta``, 0.5 unless given; arXiv:2306.13649), which need the whole distribution, so labels that are exact or
     full.
+
+    ``cross_tokenizer`` uld lets the teacher have another tokenizer than the student (universal logit distillation,
+    arXiv:2402.12030); without it such a pair is refused. Alpha then weighs the distance between both distributions'
+    sorted probabilities, at the positions where both tokenizers have read the same text; labels exact, full or top_k.
     """
 
     level: Literal["word", "sequence", "word+sequence"] = "word"
@@ -85,6 +103,23 @@ class DistillationSpec(Spec):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     divergence: Divergence = "cross_entropy"
     beta: Annotated[float, Field(gt=0, lt=1)] | None = None
+    cross_tokenizer: Literal["uld"] | None = None
+    on_policy: OnPolicySpec | None = None
+
+    @model_validator(mode="after")
+    def _cross_tokenizer_fits(self) -> "DistillationSpec":
+        if self.cross_tokenizer is None:
+            return self
+        if self.labels.encoding not in ("exact", "full", "top_k"):
+            raise ValueError(
+                f"cross_tokenizer compares sorted probabilities, which {self.labels.encoding} labels do not give; set "
+                "labels.encoding to exact, full or top_k"
+            )
+        if self.divergence != "cross_entropy":
+            raise ValueError(
+                f"divergence {self.divergence} compares token with token, which cross_tokenizer cannot; remove either"
+            )
+        return self
 
     @model_validator(mode="after")
     def _divergence_fits(self) -> "DistillationSpec":
@@ -96,6 +131,33 @@ class DistillationSpec(Spec):
         if self.beta is not None and self.divergence != "jsd":
             raise ValueError(f"beta only goes with divergence jsd; remove beta or the divergence {self.divergence}")
         return self
+
+    @model_validator(mode="after")
+    def _on_policy_fits(self) -> "DistillationSpec":
+        if self.on_policy is not None and self.labels.path is not None:
+            raise ValueError(
+                "on_policy needs labels of what the student will say, which no file holds; remove labels.path and let "
+                "a teacher serve, or remove on_policy"
+            )
+        if self.on_policy is not None and self.cross_tokenizer is not None:
+            raise ValueError(
+                "on_policy sends the student's own tokens to the teacher, which cross_tokenizer says has others; "
+                "remove either"
+            )
+        return self
+
+
+def check_on_policy(distillation: DistillationSpec, training: TrainingSpec, alphas: tuple[float, ...]) -> None:
+    """ValueError for steps that would have nothing to learn, or weights that the student cannot decode with."""
+    if distillation.on_policy is None:
+        return
+    if not max(alphas) > 0:
+        raise ValueError("on_policy steps learn from the teacher alone; set alpha above 0, or remove on_policy")
+    if training.fsdp or training.deepspeed is not None:
+        raise ValueError(
+            "on_policy decodes with the student's weights, which fsdp and deepspeed share among processes; remove "
+            "either"
+        )
 
 
 def check_student_fits_labels(student: StudentSpec, distillation: DistillationSpec) -> None:

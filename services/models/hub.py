@@ -19,21 +19,31 @@ from services.contract.errors import ModelNotFoundError
 from services.contract.settings import Settings
 
 PATIENCE_SECONDS = 3.0
-MODEL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
+BESIDE_WEIGHTS = ["*.json", "*.jinja", "*.txt", "*.model"]
+WEIGHTS = ["*.safetensors"]
 OLD_WEIGHTS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 
 
-def fetch_model(name: str, *, revision: str | None = None, settings: Settings, directory: Path | None = None) -> Path:
+def fetch_model(
+    name: str,
+    *,
+    revision: str | None = None,
+    settings: Settings,
+    directory: Path | None = None,
+    weights: bool = True,
+) -> Path:
     """The local snapshot of a hub model, from the hub or, when that is out of reach, from the hub's cache.
 
     ``directory`` receives the files; without it they stay in the hub's cache. Only files that a causal language
-    model loads from are fetched, not the repository's copies in other formats. ModelNotFoundError says what to do.
+    model loads from are fetched, not the repository's copies in other formats; without ``weights`` what is beside them.
+    ModelNotFoundError says what to do.
     """
     online = hub_reachable(settings)
     try:
-        snapshot = _snapshot(name, revision=revision, directory=directory, patterns=MODEL_FILES, online=online)
-        if not any(snapshot.glob("*.safetensors")):
-            patterns = [*MODEL_FILES, *OLD_WEIGHTS]
+        patterns = [*BESIDE_WEIGHTS, *(WEIGHTS if weights else [])]
+        snapshot = _snapshot(name, revision=revision, directory=directory, patterns=patterns, online=online)
+        if weights and not any(snapshot.glob("*.safetensors")):
+            patterns += OLD_WEIGHTS
             snapshot = _snapshot(name, revision=revision, directory=directory, patterns=patterns, online=online)
     except (HFValidationError, ValueError):
         raise ModelNotFoundError(

@@ -18,6 +18,20 @@ def resolve_model(name: str, *, revision: str | None = None, settings: Settings)
     hub), the sentence encoder ``all-minilm-l6-v2`` (which has no hub either), or any hub id. ModelNotFoundError says
     what is missing and what to do.
     """
+    found = _without_hub(name, revision=revision, settings=settings)
+    if found is not None:
+        return found
+    snapshot = fetch_model(SMOLLM2_NAMES.get(name.lower(), name), revision=revision, settings=settings)
+    return str(check_model_directory(snapshot, revision=None))
+
+
+def resolve_tokenizer(name: str, *, revision: str | None = None, settings: Settings) -> str:
+    """The directory that holds the model's tokenizer; of a model on the hub, its weights are not fetched."""
+    found = _without_hub(name, revision=revision, settings=settings)
+    return found or str(fetch_model(name, revision=revision, settings=settings, weights=False))
+
+
+def _without_hub(name: str, *, revision: str | None, settings: Settings) -> str | None:
     directory = Path(name).expanduser()
     if directory.is_dir():
         return str(check_model_directory(directory.absolute(), revision=revision))
@@ -29,5 +43,4 @@ def resolve_model(name: str, *, revision: str | None = None, settings: Settings)
         return str(smollm2_directory(settings))
     if revision is None and name.lower() == MINILM:
         return str(encoder_directory(settings))
-    snapshot = fetch_model(SMOLLM2_NAMES.get(name.lower(), name), revision=revision, settings=settings)
-    return str(check_model_directory(snapshot, revision=None))
+    return None
