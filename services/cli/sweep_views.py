@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from services.contract.api_client import ApiClient
 from services.contract.metric_words import metric_title
@@ -73,8 +73,13 @@ def show_sweeps(api: ApiClient) -> None:
 
 def show_sweep(api: ApiClient, sweep_id: str) -> None:
     """A sweep's runs, and its summary so far."""
-    table = Table("run", "method", "lr", "batch", "seed", "state", "", box=None, pad_edge=False)
-    for run in api.all_runs(sweep_id):
+    runs = api.all_runs(sweep_id)
+    # Other commands want the identifier: a narrow terminal must not cut it.
+    longest = max((len(run.id) for run in runs), default=0)
+    table = Table(
+        *(Column("run", min_width=longest), "method", "lr", "batch", "seed", "state", ""), box=None, pad_edge=False
+    )
+    for run in runs:
         trouble = escape(f"{run.problem.what} {run.problem.fix}") if run.problem else f"{run.progress:.0%}"
         spec = run.spec
         table.add_row(
