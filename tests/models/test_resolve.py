@@ -82,6 +82,16 @@ def test_the_hub_is_used_when_it_answers(tiny_model: Path, tmp_path: Path) -> No
     assert Path(cached) == directory
 
 
+def test_a_tokenizer_is_fetched_without_its_weights(tiny_model: Path, tmp_path: Path) -> None:
+    with serve_hub(tiny_model, repository="owner/tiny") as (address, asked):
+        directory = Path(_resolve_in_process("owner/tiny", address=address, home=tmp_path, what="tokenizer"))
+    assert (directory / "tokenizer.json").read_bytes() == (tiny_model / "tokenizer.json").read_bytes()
+    assert not list(directory.glob("*.safetensors"))
+    assert not [line for line in asked if "safetensors" in line]
+    cached = _resolve_in_process("owner/tiny", address="http://127.0.0.1:9", home=tmp_path, what="tokenizer")
+    assert Path(cached) == directory
+
+
 def test_smollm2_stays_what_it_first_was(tiny_model: Path, tmp_path: Path) -> None:
     """Taken from the hub once, it is the same bytes when the hub is gone and when the hub's copy has changed."""
     served = shutil.copytree(tiny_model, tmp_path / "served")
@@ -95,15 +105,18 @@ def test_smollm2_stays_what_it_first_was(tiny_model: Path, tmp_path: Path) -> No
     assert f'"origin": "model hub {name}"' in (Path(directory) / "manifest.json").read_text()
 
 
-def _resolve_in_process(name: str, *, address: str, home: Path, revision: str | None = None) -> str:
+def _resolve_in_process(
+    name: str, *, address: str, home: Path, revision: str | None = None, what: str = "model"
+) -> str:
     """The resolved directory, or the error's text; the hub library reads its address once per process."""
     program = """
         import sys
         from services.contract.errors import ModelNotFoundError
         from services.contract.settings import Settings
-        from services.models.resolve import resolve_model
+        from services.models import resolve
         try:
-            print(resolve_model(sys.argv[1], revision=sys.argv[2] or None, settings=Settings()))
+            find = {"model": resolve.resolve_model, "tokenizer": resolve.resolve_tokenizer}[sys.argv[3]]
+            print(find(sys.argv[1], revision=sys.argv[2] or None, settings=Settings()))
         except ModelNotFoundError as error:
             print(error.what)
     """
@@ -117,7 +130,7 @@ def _resolve_in_process(name: str, *, address: str, home: Path, revision: str | 
         "NO_PROXY": "127.0.0.1",
     }
     finished = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program), name, revision or ""],
+        [sys.executable, "-c", textwrap.dedent(program), name, revision or "", what],
         env=environment,
         capture_output=True,
         text=True,
