@@ -71,7 +71,7 @@ def _side(
     ]
     scored = [pair for pair in matched if all(column in valued.get(run.id, ()) for run in pair)]
     if not scored:
-        missing = "no run of this method and of SFT with the same learning rate, batch size and seed both have it"
+        missing = "no run of this method and its SFT counterpart both have it"
         return _Side(difference_N=None, missing=missing)
     pairs = [pair for pair in scored if all(items.has(run.id, *column) for run in pair)]
     if not pairs:

@@ -152,7 +152,13 @@ def _comparisons_html(report: Report, colours: Mapping[str, str]) -> str:
         return ""
     rows = [comparison_cells(comparison) for comparison in report.comparisons]
     drawn = any(comparison.difference is not None for comparison in report.comparisons)
-    plot = figure_html(comparison_plot(report.comparisons, colours=colours), caption=DIFFERENCES) if drawn else ""
+    plot = (
+        figure_html(
+            comparison_plot(report.comparisons, colours=colours), caption=f"{DIFFERENCES}; filled: p adjusted < 0.05"
+        )
+        if drawn
+        else ""
+    )
     note = f'<p class="sk-note">{escape(difference_note(report))}</p>'
     return f"<h2>{DIFFERENCES}</h2>{note}{plot}{table_html(COMPARISON_COLUMNS, rows)}"
 

@@ -66,7 +66,7 @@ def comparison_plot(comparisons: Sequence[Comparison], *, colours: Mapping[str, 
         range(len(shown)), [f"{one.benchmark} {metric_title(one.metric)}, {one.method}" for one in shown], fontsize=8.5
     )
     axes.invert_yaxis()
-    axes.set_xlabel("difference from SFT, in the metric's points (filled: sure after adjustment)")
+    axes.set_xlabel("difference from SFT, in the metric's points")
     return _svg(figure)
 
 

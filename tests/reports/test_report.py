@@ -96,7 +96,7 @@ def test_what_cannot_be_compared_says_why() -> None:
 
     assert reason([sft, kd], {sft.id, kd.id}) == "no item has a value on both sides"
     assert reason([sft, other_seed], {sft.id, other_seed.id}) == (
-        "no run of this method and of SFT with the same learning rate, batch size and seed both have it"
+        "no run of this method and its SFT counterpart both have it"
     )
     assert reason([sft, kd], {sft.id}) is not None
     items.add_run("nothing", [])
