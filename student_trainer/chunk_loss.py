@@ -20,13 +20,22 @@ from student_trainer.divergences import DIVERGENCES
 from student_trainer.output_head import shape_logits
 from student_trainer.universal import UniversalLabel, add_universal
 
+OBSERVED = ("student_entropy", "teacher_entropy", "agreement")
+"""What chunks tell besides the loss, as sums over positions: entropies in nats at temperature 1, and the positions
+where student and teacher find the same token likeliest.
+"""
+
 MIN_TAIL_MASS = 1e-6
 """A ghost bucket below this mass is dropped: the logarithm of what the student leaves for it is mostly rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Terms:
-    """What the loss is made of. ``beta`` goes with the divergence jsd; ``dtype`` is that of logits and sums."""
+    """What the loss is made of. ``beta`` goes with the divergence jsd; ``dtype`` is that of logits and sums.
+
+    ``hard_term``: whether the tokens themselves are learnt; without it there is the soft term alone.
+    ``observed``: whether chunks also tell what OBSERVED names.
+    """
 
     alpha: float
     temperature: float
@@ -36,6 +45,8 @@ class Terms:
     grad_dtype: torch.dtype
     divergence: Divergence = "cross_entropy"
     beta: float = 0.5
+    hard_term: bool = True
+    observed: bool = False
 
 
 class DenseLabel(NamedTuple):
@@ -67,13 +78,14 @@ class ProjectedLabel(NamedTuple):
 
 
 Label = DenseLabel | TopKLabel | SampledLabel | ProjectedLabel | UniversalLabel
-ChunkLoss = Callable[..., tuple[Tensor, Tensor, Tensor]]
+ChunkLoss = Callable[..., tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]]
 
 
 def chunk_loss(
     products_CV: Tensor, bias_V: Tensor | None, ids_C: Tensor, label: Label | None, *, terms: Terms
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Hard and soft loss per position, and the gradient of hard + alpha * soft on hidden @ weight.T + bias.
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """Hard and soft loss per position, the gradient of hard + alpha * soft on hidden @ weight.T + bias, and those of
+    OBSERVED that the label can tell.
 
     ``products_CV``: hidden @ weight.T, which this may overwrite. Of a projected label the gradient leaves out what
     reaches the hidden states through the label itself, which no logit carries.
@@ -83,15 +95,20 @@ def chunk_loss(
     norm_C = torch.logsumexp(logits_CV, dim=1)
     hard_C = norm_C - logits_CV.gather(1, ids_C1).squeeze(1)
     grad_CV = torch.sub(logits_CV, norm_C.unsqueeze(1)).exp_()
+    observed = _observe(logits_CV, norm_C, grad_CV, label) if terms.observed else {}
     soft_C = torch.zeros_like(hard_C)
     if label is not None:
         soft_C = _add_soft(logits_CV, norm_C, grad_CV, label, terms)
-    grad_CV.scatter_add_(1, ids_C1, torch.full_like(ids_C1, -1, dtype=grad_CV.dtype))
+    if terms.hard_term:
+        grad_CV.scatter_add_(1, ids_C1, torch.full_like(ids_C1, -1, dtype=grad_CV.dtype))
+    else:
+        hard_C = torch.zeros_like(hard_C)
+        grad_CV -= torch.sub(logits_CV, norm_C.unsqueeze(1)).exp_()
     if terms.soft_cap:
         grad_CV *= 1 - (logits_CV / terms.soft_cap).square_()
     if terms.logit_scale != 1.0:
         grad_CV *= terms.logit_scale
-    return hard_C, soft_C, grad_CV.to(terms.grad_dtype)
+    return hard_C, soft_C, grad_CV.to(terms.grad_dtype), observed
 
 
 def fastest_chunk_loss(terms: Terms, *, device: torch.device, dense: bool) -> ChunkLoss:
@@ -115,6 +132,18 @@ def compiled_chunk_loss(terms: Terms, **options: Any) -> ChunkLoss:
 def _can_compile() -> bool:
     compilers = (os.environ.get("CC", ""), "cc", "gcc", "clang")
     return importlib.util.find_spec("triton") is not None and any(map(shutil.which, filter(None, compilers)))
+
+
+def _observe(logits_CV: Tensor, norm_C: Tensor, probs_CV: Tensor, label: Label | None) -> dict[str, Tensor]:
+    """A top-k label knows the likeliest token, but not how its tail is spread; draws and projections know neither."""
+    sums = {"student_entropy": (norm_C - torch.linalg.vecdot(probs_CV, logits_CV)).sum()}
+    if isinstance(label, DenseLabel):
+        sums["teacher_entropy"] = torch.special.entr(torch.softmax(label.scores_CV, dim=1)).sum()
+        sums["agreement"] = (logits_CV.argmax(dim=1) == label.scores_CV.argmax(dim=1)).sum()
+    elif isinstance(label, TopKLabel):
+        likeliest_C1 = label.ids_CK.gather(1, label.probs_CK.argmax(dim=1, keepdim=True))
+        sums["agreement"] = (logits_CV.argmax(dim=1, keepdim=True) == likeliest_C1).sum()
+    return sums
 
 
 def _add_soft(logits_CV: Tensor, norm_C: Tensor, grad_CV: Tensor, label: Label, terms: Terms) -> Tensor:

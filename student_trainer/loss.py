@@ -15,7 +15,9 @@ Shape suffixes: N response positions, C positions of one chunk, D the student's 
 vocabulary without padding rows, R rows of the head with them.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -35,13 +37,15 @@ CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
 class LossSums(NamedTuple):
     """Sums over response tokens, to be divided by one count over all micro-batches and ranks of a step.
 
-    ``total`` is hard + alpha * soft and carries the gradient; ``hard`` and ``soft`` are for the record.
+    ``total`` is hard + alpha * soft and carries the gradient; ``hard`` and ``soft`` are for the record, and so are
+    those of chunk_loss.OBSERVED in ``observed`` that were asked for and that the labels can tell.
     """
 
     total: Tensor
     hard: Tensor
     soft: Tensor
     tokens: int
+    observed: Mapping[str, Tensor] = MappingProxyType({})
 
 
 def distillation_loss(
@@ -55,16 +59,18 @@ def distillation_loss(
     temperature: float = 1.0,
     divergence: Divergence = "cross_entropy",
     beta: float = 0.5,
+    hard_term: bool = True,
     chunk_size: int | None = None,
     matmul_dtype: torch.dtype | None = None,
+    observe: bool = False,
 ) -> LossSums:
     """The loss of N response positions, in nats; without ``targets`` the soft term is 0 (supervised fine-tuning).
 
     ``hidden_ND``: the student's final hidden states from which ``token_ids_N`` are predicted. Gradients reach the
     hidden states and the head's weight and bias, once: the graph cannot be walked twice. Divergences other than
-    cross_entropy need targets that give the whole distribution. ``chunk_size``: positions whose logits exist at a
-    time. ``matmul_dtype``: precision of the products with the heads, the hidden states' own by default; sums and
-    softmaxes are float32, or float64 where the hidden states are.
+    cross_entropy need targets that give the whole distribution. ``hard_term`` false leaves that term out, as 0.
+    ``chunk_size``: positions whose logits exist at a time. ``matmul_dtype``: precision of the products with the heads,
+    the hidden states' own by default; sums and softmaxes are float32, or float64 where the hidden states are.
 
     UnsupportedError for projected targets of a head that is trained, or whose logits are capped.
     """
@@ -86,13 +92,15 @@ def distillation_loss(
             grad_dtype=torch.float32 if matmul_dtype == torch.float16 else matmul_dtype,
             divergence=divergence,
             beta=beta,
+            hard_term=hard_term,
+            observed=observe,
         ),
         chunk_size=chunk_size or _chunk_size(hidden_ND.device, vocab_size=max(vocab_size, _teacher_vocab(targets))),
         matmul_dtype=matmul_dtype,
         wants_gradients=torch.is_grad_enabled(),
     )
     total, hard, soft = _FusedLoss.apply(hidden_ND, head.weight_RD, head.bias_R, job)
-    return LossSums(total=total, hard=hard, soft=soft, tokens=len(token_ids_N))
+    return LossSums(total=total, hard=hard, soft=soft, tokens=len(token_ids_N), observed=job.observed)
 
 
 def require_projectable(head: OutputHead) -> None:
@@ -115,7 +123,7 @@ def require_projectable(head: OutputHead) -> None:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Job:
-    """What the loss needs besides the tensors that gradients flow to."""
+    """What the loss needs besides the tensors that gradients flow to; ``observed`` is filled in the forward pass."""
 
     token_ids_N: Tensor
     targets: SoftTargets | None
@@ -124,6 +132,7 @@ class _Job:
     chunk_size: int
     matmul_dtype: torch.dtype
     wants_gradients: bool
+    observed: dict[str, Tensor] = field(default_factory=dict)
 
 
 def _chunk_size(device: torch.device, *, vocab_size: int) -> int:
@@ -158,9 +167,11 @@ class _FusedLoss(torch.autograd.Function):
                 rows = slice(start, min(start + job.chunk_size, len(hidden_ND)))
                 hidden_CD = hidden_ND[rows].to(job.matmul_dtype)
                 ids_C = job.token_ids_N[rows]
-                hard_C, soft_C, grad_CV = loss_of(hidden_CD @ weight_VD.T, bias_V, ids_C, labels.of(rows))
+                hard_C, soft_C, grad_CV, observed = loss_of(hidden_CD @ weight_VD.T, bias_V, ids_C, labels.of(rows))
                 hard = hard + hard_C.sum()
                 soft = soft + soft_C.sum()
+                for name, value in observed.items():
+                    job.observed[name] = job.observed.get(name, 0) + value
                 gradients.add(rows, hidden_CD, grad_CV)
         ctx.gradients = gradients.in_their_own_types()
         ctx.mark_non_differentiable(hard, soft)

@@ -211,7 +211,7 @@ def test_vllm_serves_the_final_model(make_run: MakeRun, settings: Settings, tmp_
         "import sys\n"
         "from vllm import LLM, SamplingParams\n"
         "if __name__ == '__main__':\n"
-        "    llm = LLM(sys.argv[1], dtype='float32', max_model_len=64)\n"
+        "    llm = LLM(sys.argv[1], dtype='float32', max_model_len=64, enforce_eager=True)\n"
         "    out = llm.generate({'prompt_token_ids': [5, 6, 7]}, SamplingParams(temperature=0, max_tokens=4,"
         " ignore_eos=True))\n"
         "    print('ids', list(out[0].outputs[0].token_ids))\n"

@@ -183,6 +183,7 @@ def test_the_compiled_chunk_gives_what_the_plain_one_gives(divergence: str) -> N
         dtype=torch.float32,
         grad_dtype=torch.bfloat16,
         divergence=divergence,
+        observed=True,
     )
     compiled = compiled_chunk_loss(terms, backend="aot_eager")
     generator = torch.Generator().manual_seed(0)
@@ -206,7 +207,7 @@ def test_a_token_drawn_in_two_rows_counts_in_both() -> None:
     )
     logits = torch.zeros(2, 4, dtype=torch.float64)
     label = SampledLabel(torch.tensor([0, 1]), torch.tensor([2, 2]), torch.ones(2, dtype=torch.float64))
-    _, soft, grad = chunk_loss(logits, None, torch.tensor([0, 1]), label, terms=terms)
+    _, soft, grad, _ = chunk_loss(logits, None, torch.tensor([0, 1]), label, terms=terms)
     np.testing.assert_allclose(soft.numpy(), np.log([4.0, 4.0]))
     expected = 2 * np.full((2, 4), 0.25)
     expected[:, 2] -= 1
