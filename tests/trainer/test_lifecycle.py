@@ -1,13 +1,11 @@
 """What a run leaves on disk while it trains and in the end, and what becomes of damaged or foreign parts of it."""
 
 import shutil
-import subprocess
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -198,38 +196,3 @@ def test_scores_enter_the_card_and_replace_earlier_ones(make_run: MakeRun, setti
     (model / "README.md").write_text("# Mine\n")
     write_scores(model, [])
     assert (model / "README.md").read_text() == "# Mine\n"
-
-
-@pytest.mark.slow
-def test_vllm_serves_the_final_model(make_run: MakeRun, settings: Settings, tmp_path: Path) -> None:
-    python = Path(__file__).parents[2] / ".venv-vllm" / "bin" / "python"
-    if not python.exists():
-        pytest.skip("needs vLLM in .venv-vllm (make setup-vllm)")
-    model = train(make_run(), out=tmp_path / "run", settings=settings)
-    script = tmp_path / "generate.py"
-    script.write_text(
-        "import sys\n"
-        "from vllm import LLM, SamplingParams\n"
-        "if __name__ == '__main__':\n"
-        "    llm = LLM(sys.argv[1], dtype='float32', max_model_len=64, enforce_eager=True)\n"
-        "    out = llm.generate({'prompt_token_ids': [5, 6, 7]}, SamplingParams(temperature=0, max_tokens=4,"
-        " ignore_eos=True))\n"
-        "    print('ids', list(out[0].outputs[0].token_ids))\n"
-    )
-    environment = {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "0",
-        "TORCHDYNAMO_DISABLE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-        "HF_HUB_OFFLINE": "1",
-        "HOME": str(tmp_path),
-        "PATH": f"{python.parent}:/usr/bin:/bin",
-    }
-    done = subprocess.run(
-        [python, script, model], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    plain = AutoModelForCausalLM.from_pretrained(model)
-    ids = plain.generate(torch.tensor([[5, 6, 7]]), do_sample=False, max_new_tokens=4, min_new_tokens=4)[0, 3:].tolist()
-    assert f"ids {yaml.safe_dump(ids, default_flow_style=True).strip()}" in done.stdout
