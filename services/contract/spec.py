@@ -12,7 +12,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from services.contract.distillation_spec import DistillationSpec, LoraSpec, StudentSpec, check_student_fits_labels
+from services.contract.distillation_spec import (
+    DistillationSpec,
+    LoraSpec,
+    StudentSpec,
+    check_on_policy,
+    check_student_fits_labels,
+)
 from services.contract.evaluation_spec import EvaluationSpec, Spec
 from services.contract.training_spec import TrainingSpec, check_batches
 
@@ -128,6 +134,7 @@ class RunSpec(Spec):
                 f"alpha {self.alpha:g} at level {self.distillation.level} needs a teacher; name one under teacher.model"
             )
         check_student_fits_labels(self.student, self.distillation)
+        check_on_policy(self.distillation, self.training, (self.alpha,))
         check_batches(self.training, (self.batch_size, *_finetune_batch_size(self.teacher)))
         return self
 
@@ -147,12 +154,15 @@ class RunSpec(Spec):
 
     @property
     def method(self) -> str:
-        """The row this run belongs to in result tables: SFT, KD, SeqKD or SeqKD+KD, with its alpha."""
+        """The row this run belongs to in result tables: SFT, KD, SeqKD or SeqKD+KD, with its alpha.
+
+        GKD stands for KD of which a part is on-policy.
+        """
         if not self.needs_teacher:
             return "SFT"
-        name = "SeqKD" if self.decodes else "KD"
-        if self.decodes and self.alpha > 0:
-            name = "SeqKD+KD"
+        name = "KD" if self.distillation.on_policy is None else "GKD"
+        if self.decodes:
+            name = f"SeqKD+{name}" if self.alpha > 0 else "SeqKD"
         return f"{name} alpha={self.alpha:g}" if self.alpha > 0 else name
 
     @property
@@ -217,6 +227,7 @@ class SweepSpec(Spec):
     def _holds_together(self) -> "SweepSpec":
         _check_level_against_alpha(self.distillation.level, self.grid.alpha)
         check_student_fits_labels(self.student, self.distillation)
+        check_on_policy(self.distillation, self.training, self.grid.alpha)
         batch_sizes = (*self.grid.batch_size, *_finetune_batch_size(self.teacher))
         check_batches(self.training, batch_sizes)
         needs_teacher = max(self.grid.alpha) > 0 or self.distillation.level != "word"
@@ -229,7 +240,7 @@ def expand(sweep: SweepSpec) -> list[RunSpec]:
     """One run per point of the grid, alpha varying slowest and seed fastest; pure and deterministic.
 
     A run that needs no teacher carries none, and no distillation settings, so that the same SFT baseline has
-    the same key in every sweep.
+    the same key in every sweep. No step is on-policy where alpha is 0.
     """
     runs = []
     grid = sweep.grid
@@ -237,12 +248,15 @@ def expand(sweep: SweepSpec) -> list[RunSpec]:
         grid.alpha, grid.learning_rate, grid.batch_size, grid.seed
     ):
         is_sft = alpha == 0 and sweep.distillation.level == "word"
+        distillation = DistillationSpec() if is_sft else sweep.distillation
+        if alpha == 0:
+            distillation = distillation.model_copy(update={"on_policy": None})
         runs.append(
             RunSpec(
                 student=sweep.student,
                 teacher=None if is_sft else sweep.teacher,
                 dataset=sweep.dataset,
-                distillation=DistillationSpec() if is_sft else sweep.distillation,
+                distillation=distillation,
                 alpha=alpha,
                 learning_rate=learning_rate,
                 batch_size=batch_size,

@@ -22,6 +22,9 @@ _METHODS = {
     "cross-entropy against the teacher's soft labels",
     "SeqKD": "sequence-level knowledge distillation: the teacher's own greedy responses",
     "SeqKD+KD": "the teacher's own greedy responses plus alpha times cross-entropy against its soft labels",
+    "GKD": "word-level knowledge distillation, in a part of the steps on the student's own responses (on-policy)",
+    "SeqKD+GKD": "the teacher's own greedy responses with its soft labels, and in a part of the steps the student's "
+    "own (on-policy)",
 }
 
 
