@@ -5,12 +5,13 @@ from functools import partial
 
 import streamlit as st
 
-from dashboard.live import problems_shown
+from dashboard.live import look_again, problems_shown
 from dashboard.render.marking import mark_words
 from dashboard.session import choose_sweep, client
 from dashboard.tasks import Task, judgement, proposal, tasks_of
 from services.contract.annotation_records import Annotation, AnnotatorAgreement
 from services.contract.records import CaseStudy, SweepRecord
+from services.contract.states import ENDED
 from services.reports.annotation import touched_words, words_of
 from services.reports.case_cards import source_html
 
@@ -33,6 +34,8 @@ def draw_sweep(sweep: SweepRecord) -> None:
             "Nothing to judge yet: the outputs appear once SFT and one KD run have answered a summarisation benchmark.",
             icon=":material/hourglass_empty:",
         )
+        if sweep.state not in ENDED:
+            look_again()
         return
     annotator = st.text_input(
         "Your name", key="annotator", max_chars=100, help="Your marks are kept under it, beside those of others."

@@ -4,7 +4,7 @@ import pytest
 
 from services.contract.errors import StoreUnavailableError
 from services.contract.states import State
-from tests.dashboard.pages import PAGES, RUNNING
+from tests.dashboard.pages import FINISHED, RUNNING
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def intervals(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("page", PAGES[1:])
+@pytest.mark.parametrize("page", ["runs", "summary", "case_studies"])
 def test_a_page_updates_itself_until_its_sweep_has_ended(api, visit, intervals, page):
     app = visit(page, sweep=RUNNING)
     assert intervals == [2.0]
@@ -31,6 +31,13 @@ def test_a_page_updates_itself_until_its_sweep_has_ended(api, visit, intervals, 
         api.world.set_run(RUNNING, index, State.SUCCEEDED)
     app.run()
     assert intervals == [2.0, None]
+
+
+def test_the_annotate_page_waits_for_outputs_and_then_disturbs_nobody(api, visit, intervals):
+    visit("annotate", sweep=RUNNING)
+    assert intervals == [5.0]
+    visit("annotate", sweep=FINISHED)
+    assert intervals == [5.0]
 
 
 def test_a_page_that_learns_of_the_end_while_it_draws_stops_at_once(api, visit, intervals):
