@@ -33,9 +33,14 @@ def load_examples(
         decoded = decode_responses(spec, tokenizer=tokenizer, settings=settings, should_stop=should_stop)
         dataset = DatasetSpec(path=str(decoded))
     records = load_records(dataset, offline=settings.offline)
-    limits = [spec.training.max_length, longest_sequence(spec.student, settings)]
-    limits += [] if reads_otherwise else [teacher_max_length]
-    examples = encode_examples(records, tokenizer, max_length=min(limit for limit in limits if limit))
+    limit = longest_example(spec, settings=settings, teacher_max_length=None if reads_otherwise else teacher_max_length)
+    examples = encode_examples(records, tokenizer, max_length=limit)
     if not reads_otherwise:
         return examples
     return with_readings(examples, records, tokenizer=tokenizer, teacher=reader, teacher_max_length=teacher_max_length)
+
+
+def longest_example(spec: RunSpec, *, settings: Settings, teacher_max_length: int | None) -> int:
+    """The most tokens of prompt and response that the run, its student and its teacher take."""
+    limits = [spec.training.max_length, longest_sequence(spec.student, settings), teacher_max_length]
+    return min(limit for limit in limits if limit)

@@ -17,10 +17,11 @@ from services.contract.spec import RunSpec
 from services.models.card import CARD, RUN_FILE, model_card
 from student_trainer.arguments import MATMUL_DTYPES, optimizer_steps, training_arguments, training_device
 from student_trainer.data import Example, collate
-from student_trainer.examples import load_examples
+from student_trainer.examples import load_examples, longest_example
 from student_trainer.file_labels import FileLabels, teacher_in_files
 from student_trainer.labels import LabelPrefetcher
 from student_trainer.memory import memory_advised
+from student_trainer.on_policy import OnPolicy, stop_tokens
 from student_trainer.packing import pack, require_packable
 from student_trainer.progress import Progress
 from student_trainer.run_directory import RunDirectory, spec_text, write_whole
@@ -131,12 +132,20 @@ def _prepared(spec: RunSpec, settings: Settings, stopping: Callable[[], bool]) -
             model = load_student(spec.student, settings, vocab_size=vocab_size, frozen_dtype=dtype, seed=spec.seed)
         if spec.training.packing:
             require_packable(model, vocab_size=vocab_size)
-        labels = None
+        labels = on_policy = None
         if teacher:
             if teacher.options.encoding == "projected":
                 teacher = teacher.projecting(output_head(model), vocab_size=vocab_size, dtype=dtype)
             teacher.verify(examples[0])
             labels = stack.enter_context(LabelPrefetcher(teacher.source, options=teacher.options, should_stop=stopping))
+            if spec.distillation.on_policy:
+                on_policy = OnPolicy(
+                    spec=spec.distillation.on_policy,
+                    seed=spec.seed,
+                    vocab_size=vocab_size,
+                    max_length=longest_example(spec, settings=settings, teacher_max_length=teacher.info.max_length),
+                    stop_ids=stop_tokens(model, tokenizer),
+                )
         objective = Objective(
             vocab_size=vocab_size,
             matmul_dtype=dtype,
@@ -145,6 +154,7 @@ def _prepared(spec: RunSpec, settings: Settings, stopping: Callable[[], bool]) -
             divergence=spec.distillation.divergence,
             beta=spec.distillation.beta or 0.5,
             labels=labels,
+            on_policy=on_policy,
             chunk_size=spec.training.loss_chunk,
             teacher_head=teacher.head_on(training_device(), dtype=dtype) if teacher else None,
         )
@@ -169,7 +179,7 @@ def _run(trainer: DistillationTrainer, directory: RunDirectory, spec: RunSpec) -
 def _save(path: Path, spec: RunSpec, parts: _Parts, *, history: Sequence[Mapping[str, float]]) -> None:
     """The final model with its tokenizer, generation settings, specification and card."""
     save_student(parts.model, parts.tokenizer, path, dtype=parts.objective.matmul_dtype, base_model=spec.student.model)
-    last: Mapping[str, float] = next((logs for logs in reversed(history) if "hard_loss" in logs), {})
+    last: Mapping[str, float] = next((logs for logs in reversed(history) if "tokens_per_second" in logs), {})
     card = model_card(
         spec,
         teacher_fingerprint=parts.teacher_fingerprint,

@@ -4,10 +4,8 @@ Checkpoints, resume, mixed precision, gradient accumulation, data parallelism an
 Shape suffixes: B sequences, T tokens, N response tokens, D hidden size.
 """
 
-import itertools
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +19,9 @@ from services.contract.distillation_spec import Divergence
 from services.contract.errors import TrainingError
 from student_trainer.data import Example, collate
 from student_trainer.labels import LabelPrefetcher, soft_targets, universal_targets
+from student_trainer.look_ahead import LookAhead
 from student_trainer.loss import LossSums, distillation_loss
+from student_trainer.on_policy import OnPolicy
 from student_trainer.output_head import OutputHead
 from student_trainer.student import final_hidden_states, output_head
 from student_trainer.targets import SoftTargets
@@ -32,7 +32,10 @@ STEPS_AHEAD = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What is minimised; ``labels`` and ``teacher_head`` are None for supervised fine-tuning."""
+    """What is minimised; ``labels`` and ``teacher_head`` are None for supervised fine-tuning.
+
+    ``on_policy``: the steps that learn from the student's own responses; None where none does.
+    """
 
     vocab_size: int
     matmul_dtype: torch.dtype
@@ -42,6 +45,7 @@ class Objective:
     beta: float = 0.5
     labels: LabelPrefetcher | None = None
     teacher_head: OutputHead | None = None
+    on_policy: OnPolicy | None = None
     chunk_size: int | None = None
 
 
@@ -67,7 +71,8 @@ class DistillationTrainer(Trainer):
         self._objective = objective
         self._examples = {example.index: example for example in examples}
         self._head_layer: torch.nn.Module = model.get_output_embeddings()
-        self._ahead: _LookAhead | None = None
+        self._collate = collate
+        self._ahead: LookAhead | None = None
         self._window = _Window(self.accelerator.device)
 
     def get_batch_samples(
@@ -78,8 +83,7 @@ class DistillationTrainer(Trainer):
         if labels is None:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._ahead is None or self._ahead.batches is not epoch_iterator:
-            depth = STEPS_AHEAD * self.args.gradient_accumulation_steps
-            self._ahead = _LookAhead(epoch_iterator, labels=labels, examples=self._examples, depth=depth)
+            self._ahead = self._look_ahead(epoch_iterator, labels)
         return super().get_batch_samples(self._ahead, num_batches, device)
 
     def compute_loss(
@@ -109,12 +113,14 @@ class DistillationTrainer(Trainer):
             temperature=objective.temperature,
             divergence=objective.divergence,
             beta=objective.beta,
+            hard_term="on_policy" not in inputs,
             chunk_size=objective.chunk_size,
             matmul_dtype=objective.matmul_dtype,
         )
         if not math.isfinite(sums.total.item()):
             raise self._not_finite("loss", f", records {sorted(inputs['record_B'].tolist())}")
-        self._window.add(sums, tokens=inputs["attention_mask"].sum())
+        decoded = len(inputs["record_B"]) if "on_policy" in inputs else 0
+        self._window.add(sums, tokens=inputs["attention_mask"].sum(), decoded=decoded)
         # Data parallelism averages gradients over ranks; the count is already over all of them.
         ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         loss = sums.total * (ranks / num_items_in_batch)
@@ -126,6 +132,8 @@ class DistillationTrainer(Trainer):
             labels = self._objective.labels
             sums = self.accelerator.reduce(self._window.sums, reduction="sum").tolist()
             logs |= self._window.metrics(sums, alpha=self._objective.alpha)
+            if self._objective.on_policy:
+                logs |= self._window.on_policy_metrics(sums)
             if labels:
                 logs["label_wait_seconds"] = labels.waited_seconds
                 labels.waited_seconds = 0.0
@@ -134,6 +142,27 @@ class DistillationTrainer(Trainer):
                 del logs["soft_loss"]
             self._window.restart()
         super().log(logs, start_time)
+
+    def _look_ahead(self, batches: Iterator[dict[str, Any]], labels: LabelPrefetcher) -> LookAhead:
+        accumulated, begun = self.args.gradient_accumulation_steps, self.state.global_step
+        on_policy = self._objective.on_policy
+        return LookAhead(
+            batches,
+            labels=labels,
+            examples=self._examples,
+            depth=STEPS_AHEAD * accumulated,
+            # An epoch, or what is left of it, begins with a step's first micro-batch.
+            step_of=lambda count: begun + count // accumulated,
+            chooses=on_policy.chooses if on_policy else lambda step: False,
+            decode=self._decode,
+        )
+
+    def _decode(self, examples: Sequence[Example], step: int) -> tuple[list[Example], dict[str, Any]]:
+        on_policy = self._objective.on_policy
+        assert on_policy is not None
+        with self.compute_loss_context_manager():
+            decoded = on_policy.decode(self._student, examples, step=step)
+        return decoded, self._collate(decoded)
 
     def _targets(self, inputs: dict[str, Any]) -> SoftTargets | None:
         labels = self._objective.labels
@@ -168,55 +197,39 @@ def _separation(inputs: dict[str, Any]) -> dict[str, Tensor]:
     return {name: inputs[name]}
 
 
-class _LookAhead:
-    """An epoch's micro-batches, read ``depth`` ahead of their use so that their labels are under way."""
-
-    def __init__(
-        self,
-        batches: Iterator[dict[str, Any]],
-        *,
-        labels: LabelPrefetcher,
-        examples: dict[int, Example],
-        depth: int,
-    ) -> None:
-        self.batches = batches
-        self._labels = labels
-        self._examples = examples
-        self._depth = depth
-        self._waiting: deque[dict[str, Any]] = deque()
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return self
-
-    def __next__(self) -> dict[str, Any]:
-        for batch in itertools.islice(self.batches, self._depth + 1 - len(self._waiting)):
-            ticket = self._labels.request([self._examples[index] for index in batch["record_B"].tolist()])
-            self._waiting.append({**batch, "ticket": ticket})
-        if not self._waiting:
-            raise StopIteration
-        return self._waiting.popleft()
-
-
 class _Window:
-    """Sums since the last log, kept on the device: hard loss, soft loss, response tokens, all tokens."""
+    """Sums since the last log, kept on the device: hard loss, soft loss, response tokens, all tokens; of batches that
+    the student decoded response tokens, records and how many there were; micro-batches.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.restart()
 
     def restart(self) -> None:
-        self.sums = torch.zeros(4, dtype=torch.float64, device=self._device)
+        self.sums = torch.zeros(8, dtype=torch.float64, device=self._device)
         self._started = time.monotonic()
 
-    def add(self, sums: LossSums, *, tokens: Tensor) -> None:
-        counted = torch.as_tensor(sums.tokens, device=self._device)
-        self.sums += torch.stack([sums.hard.detach(), sums.soft.detach(), counted, tokens])
+    def add(self, sums: LossSums, *, tokens: Tensor, decoded: int) -> None:
+        """``decoded``: records of an on-policy batch, 0 for any other."""
+        own = (sums.tokens, decoded, 1) if decoded else (0, 0, 0)
+        counts = torch.tensor([sums.tokens, *own, 1], dtype=self.sums.dtype, device=self._device)
+        terms = torch.stack([sums.hard.detach(), sums.soft.detach()])
+        self.sums += torch.cat([terms, counts[:1], tokens.unsqueeze(0), counts[1:]])
 
     def metrics(self, sums: Sequence[float], *, alpha: float) -> dict[str, float]:
-        hard, soft, response_tokens, tokens = sums
+        hard, soft, response_tokens, tokens, decoded_tokens, *_ = sums
+        learnt_tokens = response_tokens - decoded_tokens
         return {
             "loss": (hard + alpha * soft) / response_tokens,
-            "hard_loss": hard / response_tokens,
+            # None of the tokens may have been learnt: then there is no such term.
+            **({"hard_loss": hard / learnt_tokens} if learnt_tokens else {}),
             "soft_loss": soft / response_tokens,
             "tokens_per_second": tokens / max(time.monotonic() - self._started, 1e-9),
         }
+
+    def on_policy_metrics(self, sums: Sequence[float]) -> dict[str, float]:
+        """The share of steps that the student decoded for, and the mean length of its responses in tokens."""
+        *_, decoded_tokens, records, on_policy, micro_batches = sums
+        length = {"decoded_tokens": decoded_tokens / records} if records else {}
+        return {"on_policy_share": on_policy / micro_batches, **length}

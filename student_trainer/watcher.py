@@ -23,6 +23,8 @@ METRICS = (
     "grad_norm",
     "tokens_per_second",
     "label_wait_seconds",
+    "on_policy_share",
+    "decoded_tokens",
     "epoch",
 )
 
@@ -78,7 +80,7 @@ class Watcher(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        if not logs or "hard_loss" not in logs or not state.is_world_process_zero:
+        if not logs or "tokens_per_second" not in logs or not state.is_world_process_zero:
             return
         note = f"loss {logs['loss']:.3f}, {logs['tokens_per_second']:.0f} tokens/s"
         self._progress.update(state.global_step, note=note)
