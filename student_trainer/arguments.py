@@ -1,5 +1,6 @@
 """A run's specification in the words of transformers' Trainer."""
 
+import importlib.util
 import math
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import torch
 from accelerate import PartialState
 from transformers import TrainingArguments
 
-from services.contract.errors import SpecError, UnsupportedError
+from services.contract.errors import MissingExtraError, SpecError, UnsupportedError
 from services.contract.spec import RunSpec
 
 MATMUL_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -22,6 +23,12 @@ def training_arguments(spec: RunSpec, checkpoints: Path, *, steps: int) -> Train
     if training.precision == "fp16" and training_device().type != "cuda":
         raise UnsupportedError("precision fp16 needs a GPU", fix="Set training.precision to fp32 or bf16.")
     micro_batch_size = micro_batch(spec)
+    if training.fsdp and processes().num_processes == 1:
+        raise SpecError("fsdp shares a model among several processes, and there is one", fix="Set training.processes.")
+    if training.deepspeed and importlib.util.find_spec("deepspeed") is None:
+        raise MissingExtraError(
+            "training.deepspeed needs DeepSpeed, which is not installed", fix="pip install deepspeed"
+        )
     return TrainingArguments(
         output_dir=str(checkpoints),
         seed=spec.seed,
@@ -38,6 +45,9 @@ def training_arguments(spec: RunSpec, checkpoints: Path, *, steps: int) -> Train
         fp16=training.precision == "fp16",
         use_cpu=training_device().type == "cpu",
         gradient_checkpointing=training.gradient_checkpointing,
+        fsdp="full_shard" if training.fsdp else None,
+        fsdp_config={"version": 2, "reshard_after_forward": True} if training.fsdp else None,
+        deepspeed=training.deepspeed,
         save_strategy="steps",
         save_steps=training.checkpoint_steps,
         # RunDirectory drops old checkpoints, once the newest is marked whole.

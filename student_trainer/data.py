@@ -49,6 +49,17 @@ class Example:
         return range(self.prompt_length, len(self.token_ids))
 
 
+def split_held_out(examples: Sequence[Example], count: int) -> tuple[list[Example], list[Example]]:
+    """What is learnt, and the last ``count``. DatasetError when nothing is left to learn."""
+    if count >= len(examples):
+        raise DatasetError(
+            f"training.held_out {count} leaves none of {len(examples)} records to learn",
+            fix="Hold out fewer records, or name a larger data set.",
+        )
+    learnt = len(examples) - count
+    return list(examples[:learnt]), list(examples[learnt:])
+
+
 def encode_examples(records: Sequence[Mapping[str, str]], tokenizer: Tokenizer, *, max_length: int) -> list[Example]:
     """One example per record that fits into ``max_length`` tokens; those that do not are left out with a warning.
 

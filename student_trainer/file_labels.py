@@ -67,7 +67,7 @@ class FileLabels:
             labelled = self._files.read(hash_sequence(sequence.token_ids, sequence.label_positions))
             if labelled is None:
                 raise _missing(f"sequence {sequence.id!r} has", self._files.directory)
-            scored = replace(labelled.scored, id=sequence.id)
+            scored = replace(labelled.scored, id=sequence.id, from_cache=True)
             check_scored(
                 scored,
                 sequence,

@@ -18,7 +18,6 @@ import torch
 from services.contract.errors import CancelledError
 from services.contract.sequences import LabelOptions, TokenSequence
 from services.contract.soft_labels import (
-    Array,
     ExactLabels,
     FullLabels,
     ProjectedLabels,
@@ -27,6 +26,7 @@ from services.contract.soft_labels import (
     SoftLabels,
     TopKLabels,
 )
+from services.contract.tensors import Array
 from student_trainer.data import Example
 from student_trainer.label_source import LabelSource
 from student_trainer.output_head import OutputHead
@@ -53,7 +53,8 @@ class _Asked:
 class LabelPrefetcher:
     """Asks a source of labels for batches in the background and hands each over when its step comes.
 
-    What goes wrong there is raised by ``take``; ``waited_seconds`` counts the time that ``take`` waits.
+    What goes wrong there is raised by ``take``; ``waited_seconds`` counts the time that ``take`` waits, ``taken`` the
+    sequences that it handed over and ``taken_from_cache`` those whose labels had been computed before.
     Leaving it as a context closes the source, which ends the requests under way.
     """
 
@@ -61,6 +62,7 @@ class LabelPrefetcher:
         self, source: LabelSource, *, options: LabelOptions, should_stop: Callable[[], bool] = lambda: False
     ) -> None:
         self.waited_seconds = 0.0
+        self.taken = self.taken_from_cache = 0
         self._source = source
         self._options = options
         self._should_stop = should_stop
@@ -109,7 +111,10 @@ class LabelPrefetcher:
                     if self._should_stop():
                         raise CancelledError("stopped while waiting for the teacher's labels") from None
                 else:
-                    return [scored[id] for id in asked.ids]
+                    batch = [scored[id] for id in asked.ids]
+                    self.taken += len(batch)
+                    self.taken_from_cache += sum(part.from_cache for part in batch)
+                    return batch
         finally:
             self.waited_seconds += time.monotonic() - started
 

@@ -7,6 +7,7 @@ from services.contract.records import Artifact, MetricPoint
 from services.contract.settings import Settings
 from services.contract.spec import RunSpec, expand
 from services.store.store import Attempt, Store
+from student_trainer.arguments import processes
 from student_trainer.decode import decode_responses
 from student_trainer.finetune import finetune_teacher
 from student_trainer.student import load_tokenizer
@@ -33,6 +34,8 @@ def run_train(store: Store, attempt: Attempt, settings: Settings) -> None:
         )
     finally:
         reports.flush()
+    if not processes().is_main_process:
+        return
     for name, path in (("model", model), ("run.yaml", out / "run.yaml")):
         relative = str(path.relative_to(settings.data_dir))
         store.add_artifact(attempt, Artifact(run_id=run_id, name=name, path=relative))

@@ -3,6 +3,7 @@
 Shape suffixes: B sequences, T tokens, D hidden size, R rows of the head, V vocabulary.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,37 @@ def final_hidden_states(model: torch.nn.Module, *, head_layer: torch.nn.Module, 
         handle.remove()
     (hidden_BTD,) = captured
     return hidden_BTD
+
+
+def loss_at_head(
+    model: torch.nn.Module,
+    *,
+    head_layer: torch.nn.Module,
+    loss_of: Callable[[Tensor], Tensor],
+    **inputs: Tensor,
+) -> Tensor:
+    """The scalar that ``loss_of`` makes of what the output head receives, [B, T, D], in the head's own place.
+
+    Within the forward pass the head's weights are whole even where processes share them (FSDP2, DeepSpeed's ZeRO-3),
+    whose hooks gather them there. ``model`` and ``head_layer`` are as for ``final_hidden_states``.
+    """
+    losses: list[Tensor] = []
+
+    def in_its_place(hidden_BTD: Tensor) -> Tensor:
+        losses.append(loss_of(hidden_BTD))
+        return (losses[0] * 0.0).reshape(1, 1, 1)
+
+    own = vars(head_layer).get("forward")
+    head_layer.forward = in_its_place
+    try:
+        logits: Tensor = model(**inputs, use_cache=False).logits
+    finally:
+        del head_layer.forward
+        if own is not None:
+            head_layer.forward = own
+    (loss,) = losses
+    # Those hooks wait for a gradient on the model's outputs; this one is 0, and so is the value.
+    return loss + logits.sum()
 
 
 def check_head(model: PreTrainedModel, *, vocab_size: int) -> None:

@@ -16,7 +16,7 @@ from services.contract.settings import Settings
 from services.contract.spec import RunSpec
 from services.models.card import CARD, RUN_FILE, model_card
 from student_trainer.arguments import MATMUL_DTYPES, optimizer_steps, training_arguments, training_device
-from student_trainer.data import Example, collate
+from student_trainer.data import Example, collate, split_held_out
 from student_trainer.examples import load_examples, longest_example
 from student_trainer.file_labels import FileLabels, teacher_in_files
 from student_trainer.labels import LabelPrefetcher
@@ -75,6 +75,7 @@ def train(
                 model=parts.model,
                 args=training_arguments(spec, directory.checkpoints, steps=steps),
                 examples=parts.examples,
+                held_out=parts.held_out,
                 objective=parts.objective,
                 callbacks=[watcher],
                 collate=partial(pack, max_length=spec.training.max_length) if spec.training.packing else collate,
@@ -101,6 +102,7 @@ class _Parts:
     tokenizer: PreTrainedTokenizerBase
     model: PreTrainedModel | PeftModel
     examples: list[Example]
+    held_out: list[Example]
     objective: Objective
     teacher_fingerprint: str | None
 
@@ -125,6 +127,7 @@ def _prepared(spec: RunSpec, settings: Settings, stopping: Callable[[], bool]) -
             teacher_max_length=teacher.info.max_length if teacher else None,
             should_stop=stopping,
         )
+        examples, held_out = split_held_out(examples, spec.training.held_out)
         if teacher and isinstance(teacher.source, FileLabels):
             teacher.source.require(examples)
         vocab_size = vocabulary_size(tokenizer)
@@ -162,6 +165,7 @@ def _prepared(spec: RunSpec, settings: Settings, stopping: Callable[[], bool]) -
             tokenizer=tokenizer,
             model=model,
             examples=examples,
+            held_out=held_out,
             objective=objective,
             teacher_fingerprint=teacher.info.fingerprint if teacher else None,
         )
@@ -185,7 +189,8 @@ def _save(path: Path, spec: RunSpec, parts: _Parts, *, history: Sequence[Mapping
         teacher_fingerprint=parts.teacher_fingerprint,
         examples=len(parts.examples),
         steps=optimizer_steps(spec, examples=len(parts.examples)),
-        losses={name: last[name] for name in ("loss", "hard_loss", "soft_loss") if name in last},
+        losses={name: last[name] for name in ("loss", "hard_loss", "soft_loss") if name in last}
+        | {name: value for name, value in history[-1].items() if name.startswith("held_out")},
     )
     write_whole(path / CARD, card)
     write_whole(path / RUN_FILE, spec_text(spec))

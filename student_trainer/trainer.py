@@ -18,12 +18,15 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from services.contract.distillation_spec import Divergence
 from services.contract.errors import TrainingError
 from student_trainer.data import Example, collate
+from student_trainer.held_out import measure_held_out
 from student_trainer.labels import LabelPrefetcher, soft_targets, universal_targets
 from student_trainer.look_ahead import LookAhead
 from student_trainer.loss import LossSums, distillation_loss
+from student_trainer.machine import flops_per_token, model_flops_utilization, peak_memory_gib
+from student_trainer.observables import Observables
 from student_trainer.on_policy import OnPolicy
 from student_trainer.output_head import OutputHead
-from student_trainer.student import final_hidden_states, output_head
+from student_trainer.student import loss_at_head, output_head
 from student_trainer.targets import SoftTargets
 
 STEPS_AHEAD = 4
@@ -58,6 +61,7 @@ class DistillationTrainer(Trainer):
         model: PreTrainedModel | PeftModel,
         args: TrainingArguments,
         examples: Sequence[Example],
+        held_out: Sequence[Example] = (),
         objective: Objective,
         callbacks: list[TrainerCallback],
         collate: Callable[[Sequence[Example]], dict[str, Tensor]] = collate,
@@ -74,6 +78,9 @@ class DistillationTrainer(Trainer):
         self._collate = collate
         self._ahead: LookAhead | None = None
         self._window = _Window(self.accelerator.device)
+        self._observables = Observables(self.accelerator.device)
+        self._held_out = held_out
+        self._flops_per_token = flops_per_token(model)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
@@ -95,12 +102,19 @@ class DistillationTrainer(Trainer):
     ) -> Any:
         """The micro-batch's share of the step's loss. TrainingError when it is not finite."""
         assert num_items_in_batch is not None, "the step's response tokens are counted before it"
-        hidden_BTD = final_hidden_states(
+        loss = loss_at_head(
             model,
             head_layer=self._head_layer,
+            loss_of=lambda hidden_BTD: self._loss_sums(hidden_BTD, inputs).total,
             input_ids=inputs["input_ids"],
             **_separation(inputs),
         )
+        # Data parallelism averages gradients over ranks; the count is already over all of them.
+        ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        loss = loss * (ranks / num_items_in_batch)
+        return (loss, {}) if return_outputs else loss
+
+    def _loss_sums(self, hidden_BTD: Tensor, inputs: dict[str, Any]) -> LossSums:
         predictor_N = inputs["predictor_N"]
         objective = self._objective
         sums = distillation_loss(
@@ -116,15 +130,14 @@ class DistillationTrainer(Trainer):
             hard_term="on_policy" not in inputs,
             chunk_size=objective.chunk_size,
             matmul_dtype=objective.matmul_dtype,
+            observe=(self.state.global_step + 1) % self.args.logging_steps == 0,
         )
         if not math.isfinite(sums.total.item()):
             raise self._not_finite("loss", f", records {sorted(inputs['record_B'].tolist())}")
         decoded = len(inputs["record_B"]) if "on_policy" in inputs else 0
         self._window.add(sums, tokens=inputs["attention_mask"].sum(), decoded=decoded)
-        # Data parallelism averages gradients over ranks; the count is already over all of them.
-        ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        loss = sums.total * (ranks / num_items_in_batch)
-        return (loss, {}) if return_outputs else loss
+        self._observables.add(sums)
+        return sums
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """What the library logs, with both terms, the speed and the wait for labels since the last time."""
@@ -136,12 +149,45 @@ class DistillationTrainer(Trainer):
                 logs |= self._window.on_policy_metrics(sums)
             if labels:
                 logs["label_wait_seconds"] = labels.waited_seconds
-                labels.waited_seconds = 0.0
+                logs["label_cache_hits"] = labels.taken_from_cache / max(labels.taken, 1)
+                labels.waited_seconds, labels.taken, labels.taken_from_cache = 0.0, 0, 0
             else:
                 # Not 0: without a teacher there is no such term.
                 del logs["soft_loss"]
+            logs |= self._own_metrics(tokens_per_second=logs["tokens_per_second"])
             self._window.restart()
+        ended = "train_loss" in logs and self.state.global_step >= self.state.max_steps
+        if self._held_out and (ended or ("loss" in logs and self._is_due())):
+            logs |= self._measure_held_out()
         super().log(logs, start_time)
+
+    def _own_metrics(self, *, tokens_per_second: float) -> dict[str, float]:
+        metrics = self._observables.means(self.accelerator.reduce(self._observables.sums, reduction="sum").tolist())
+        metrics["peak_memory_gib"] = peak_memory_gib(self.accelerator.device)
+        utilization = model_flops_utilization(
+            flops_per_token=self._flops_per_token,
+            tokens_per_second=tokens_per_second,
+            devices=self.accelerator.num_processes,
+        )
+        return metrics | ({} if utilization is None else {"mfu": utilization})
+
+    def _is_due(self) -> bool:
+        """Held-out records are measured with every checkpoint, and once more in the end."""
+        logged, every = self.args.logging_steps, int(self.args.save_steps)
+        step = self.state.global_step
+        return step // every > max(step - logged, 0) // every and step < self.state.max_steps
+
+    def _measure_held_out(self) -> dict[str, float]:
+        with self.compute_loss_context_manager():
+            return measure_held_out(
+                self.model_wrapped,
+                head_layer=self._head_layer,
+                head=lambda: output_head(self._student),
+                examples=self._held_out,
+                vocab_size=self._objective.vocab_size,
+                batch_size=self.args.per_device_train_batch_size,
+                device=self.accelerator.device,
+            )
 
     def _look_ahead(self, batches: Iterator[dict[str, Any]], labels: LabelPrefetcher) -> LookAhead:
         accumulated, begun = self.args.gradient_accumulation_steps, self.state.global_step

@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from services.contract.records import MetricPoint
 from services.contract.spec import RunSpec
 from student_trainer.arguments import processes
+from student_trainer.chunk_loss import OBSERVED
 from student_trainer.progress import Progress
 from student_trainer.run_directory import RunDirectory
 
@@ -23,6 +24,13 @@ METRICS = (
     "grad_norm",
     "tokens_per_second",
     "label_wait_seconds",
+    "label_cache_hits",
+    *OBSERVED,
+    "held_out_loss",
+    "held_out_accuracy",
+    "held_out_ece",
+    "peak_memory_gib",
+    "mfu",
     "on_policy_share",
     "decoded_tokens",
     "epoch",
@@ -54,10 +62,12 @@ class Watcher(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._first_step = state.global_step
-        self._progress.update(state.global_step)
+        if state.is_world_process_zero:
+            self._progress.update(state.global_step)
 
     def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if args.device.type == "cpu" and self._should_stop():
+        # One of several processes cannot stop while the others wait for its share of the step.
+        if args.device.type == "cpu" and args.world_size == 1 and self._should_stop():
             # The weights are still those of the last step; what this one drew at random must not count.
             torch.set_rng_state(self._random_state)
             self._stop(state, control)
@@ -69,7 +79,7 @@ class Watcher(TrainerCallback):
         if state.global_step >= state.max_steps:
             # The final model is about to be written: a checkpoint of the same weights would only cost time.
             control.should_save = False
-        elif self._should_stop():
+        elif self._agree_to_stop():
             self._stop(state, control)
 
     def on_log(
@@ -80,15 +90,16 @@ class Watcher(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        if not logs or "tokens_per_second" not in logs or not state.is_world_process_zero:
+        if not logs or not state.is_world_process_zero or not logs.keys() & {"tokens_per_second", "held_out_ece"}:
             return
-        note = f"loss {logs['loss']:.3f}, {logs['tokens_per_second']:.0f} tokens/s"
-        self._progress.update(state.global_step, note=note)
+        if "tokens_per_second" in logs:
+            note = f"loss {logs['loss']:.3f}, {logs['tokens_per_second']:.0f} tokens/s"
+            self._progress.update(state.global_step, note=note)
         self._on_metrics(
             [
                 MetricPoint(name=name, step=state.global_step, value=float(logs[name]))
                 for name in METRICS
-                if name in logs
+                if name in logs and not (name == "epoch" and "train_loss" in logs)
             ]
         )
 
@@ -97,6 +108,15 @@ class Watcher(TrainerCallback):
         processes().wait_for_everyone()
         if state.is_world_process_zero:
             self._directory.mark_checkpoint(state.global_step, self._spec)
+
+    def _agree_to_stop(self) -> bool:
+        """Whether any process is to stop: all do so after the same step."""
+        ranks = processes()
+        if ranks.num_processes == 1:
+            return self._should_stop()
+        stopping = torch.tensor(float(self._should_stop()), device=ranks.device)
+        torch.distributed.all_reduce(stopping)
+        return stopping.item() > 0
 
     def _stop(self, state: TrainerState, control: TrainerControl) -> None:
         self.stopped = True

@@ -206,11 +206,18 @@ def train(
 
     spec = load_run(run)
     from student_trainer.finetune import finetune_teacher
+    from student_trainer.launch import in_processes
     from student_trainer.train import train as train_student
 
     settings = _settings()
-    finetune_teacher(spec, settings=settings)
-    typer.echo(train_student(spec, out=out, settings=settings))
+
+    def work() -> None:
+        finetune_teacher(spec, settings=settings)
+        train_student(spec, out=out, settings=settings)
+
+    command = ["services.cli.main", "train", str(run), "--out", str(out)]
+    in_processes(work, command=command, processes=spec.training.processes)
+    typer.echo(out / "model")
 
 
 @app.command(rich_help_panel=FILES)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from services.contract.errors import SmoothKDError
@@ -20,7 +21,7 @@ def run_stage(stage_id: str, *, attempt_number: int, settings: Settings) -> None
         if kind == StageKind.TRAIN:
             from student_trainer.stage import run_train
 
-            run_train(store, attempt, settings)
+            _in_processes(lambda: run_train(store, attempt, settings), store, attempt)
         elif kind == StageKind.DECODE:
             from student_trainer.stage import run_decode
 
@@ -28,7 +29,7 @@ def run_stage(stage_id: str, *, attempt_number: int, settings: Settings) -> None
         elif kind == StageKind.FINETUNE_TEACHER:
             from student_trainer.stage import run_finetune
 
-            run_finetune(store, attempt, settings)
+            _in_processes(lambda: run_finetune(store, attempt, settings), store, attempt)
         elif kind == StageKind.EVALUATE:
             from services.evaluation.stage import run_evaluate
 
@@ -43,3 +44,12 @@ def run_stage(stage_id: str, *, attempt_number: int, settings: Settings) -> None
         raise
     finally:
         store.close()
+
+
+def _in_processes(work: Callable[[], None], store: Store, attempt: Attempt) -> None:
+    """As many as the sweep's training wants; each carries out this very stage."""
+    from student_trainer.launch import in_processes
+
+    processes = store.sweep(store.stage(attempt.stage_id).sweep_id).spec.training.processes
+    command = ["services.cli.main", "stage", attempt.stage_id, "--attempt", str(attempt.number)]
+    in_processes(work, command=command, processes=processes)

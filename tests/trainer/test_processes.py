@@ -71,6 +71,31 @@ def newest_step(out: Path) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_a_run_of_two_processes_trains_what_one_does(
+    fsdp: bool, make_run: Callable[..., RunSpec], kd_settings: Settings, records_file: Path, tmp_path: Path
+) -> None:
+    """From the specification alone; on the CPU, with gradients, or also weights and optimizer, shared through gloo."""
+    shared = {"dataset": {"path": str(records_file), "limit": 8}, "alpha": 1.0}
+    alone = load_file(train(make_run(**shared), out=tmp_path / "alone", settings=kd_settings) / "model.safetensors")
+    spec = make_run(**shared, training={"processes": 2, "fsdp": fsdp, "held_out": 0, "checkpoint_steps": 3})
+    run_file = tmp_path / "run.yaml"
+    run_file.write_text(yaml.safe_dump(spec.model_dump(mode="json")))
+    done = subprocess.run(
+        [*COMMAND, str(run_file), "--out", str(tmp_path / "together")],
+        env=environment(kd_settings),
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr
+    together = load_file(tmp_path / "together" / "model" / "model.safetensors")
+    assert together.keys() == alone.keys()
+    for name, tensor in alone.items():
+        torch.testing.assert_close(together[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
 def test_two_processes_train_what_one_does(
     make_run: Callable[..., RunSpec], kd_settings: Settings, records_file: Path, tmp_path: Path
 ) -> None:
