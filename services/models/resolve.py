@@ -5,6 +5,8 @@ from pathlib import Path
 from services.contract.errors import ModelNotFoundError
 from services.contract.settings import Settings
 from services.models.directory import check_model_directory, is_path
+from services.models.gemma3 import NAME as GEMMA3
+from services.models.gemma3 import gemma3_directory
 from services.models.hub import fetch_model
 from services.models.minilm import NAME as MINILM
 from services.models.minilm import encoder_directory
@@ -15,8 +17,8 @@ def resolve_model(name: str, *, revision: str | None = None, settings: Settings)
     """The directory that holds the model, as an absolute path for ``from_pretrained``.
 
     ``name`` is a local directory, SmolLM2-135M-Instruct by its hub id or as ``smollm2-135m-instruct`` (which needs no
-    hub), the sentence encoder ``all-minilm-l6-v2`` (which has no hub either), or any hub id. ModelNotFoundError says
-    what is missing and what to do.
+    hub), the sentence encoder ``all-minilm-l6-v2`` and ``gemma3-270m`` (which need none either), or any hub id.
+    ModelNotFoundError says what is missing and what to do.
     """
     found = _without_hub(name, revision=revision, settings=settings)
     if found is not None:
@@ -43,4 +45,6 @@ def _without_hub(name: str, *, revision: str | None, settings: Settings) -> str 
         return str(smollm2_directory(settings))
     if revision is None and name.lower() == MINILM:
         return str(encoder_directory(settings))
+    if revision is None and name.lower() == GEMMA3:
+        return str(gemma3_directory(settings))
     return None

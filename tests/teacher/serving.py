@@ -23,7 +23,9 @@ WITHOUT_CACHE = Settings(label_cache_gib=0)
 
 
 @contextmanager
-def running_teacher(options: TeacherOptions, *, settings: Settings | None = None) -> Iterator[str]:
+def running_teacher(
+    options: TeacherOptions, *, settings: Settings | None = None, patience_seconds: float = 120
+) -> Iterator[str]:
     """A server in a thread, without a label cache by default; gives its address once it serves, or its error."""
     ready = threading.Event()
     stop: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
@@ -51,7 +53,7 @@ def running_teacher(options: TeacherOptions, *, settings: Settings | None = None
     thread = threading.Thread(target=run)
     thread.start()
     try:
-        assert ready.wait(120)
+        assert ready.wait(patience_seconds)
         if errors:
             raise errors[0]
         yield f"127.0.0.1:{ports[0]}"
