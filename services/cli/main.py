@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from services.cli import labels_commands, lens_commands, sweep_commands, teacher_commands
+from services.cli import labels_commands, lens_commands, result_commands, sweep_commands, teacher_commands
 from services.contract.errors import MissingExtraError, SmoothKDError
 
 if TYPE_CHECKING:
@@ -28,6 +28,10 @@ ONE_MACHINE = "One machine"
 PARTS = "The platform's parts, one process each"
 RESULTS = "Results of sweeps and evaluations"
 FILES = "One model, without queue, store or API"
+
+app.command(rich_help_panel=RESULTS)(result_commands.report)
+app.command(rich_help_panel=RESULTS)(result_commands.compare)
+app.command(rich_help_panel=FILES)(result_commands.overconfidence)
 
 TeacherModel = Annotated[str, typer.Option("--model", help="Directory or hub id of the teacher.")]
 Engine = Annotated[str, typer.Option(help="What computes: auto, transformers, vllm, mock.")]
@@ -156,37 +160,6 @@ def health(service: Annotated[str, typer.Argument(help="queue, teacher, api, wor
     require_healthy(service, _settings())
 
 
-@app.command(rich_help_panel=RESULTS)
-def report(
-    sweep_id: Annotated[str, typer.Argument(help="Identifier that sweep list prints.")],
-    *,
-    out: Annotated[Path, typer.Option(help="Directory for report.md, report.csv, report.tex, report.html.")],
-    formats: Annotated[str, typer.Option("--format", help="Of md, csv, tex, html, json.")] = "md,csv,tex,html",
-) -> None:
-    """Write a sweep's tables, differences from SFT with their uncertainty, plots and case studies."""
-    from services.cli.report_commands import write_report
-
-    for file in write_report(sweep_id, out=out, formats=formats):
-        typer.echo(file)
-
-
-@app.command(rich_help_panel=RESULTS)
-def compare(
-    first: Annotated[str, typer.Argument(metavar="A", help="Directory of an evaluation, or a run's id.")],
-    second: Annotated[str, typer.Argument(metavar="B", help="What is compared with it.")],
-    *,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-) -> None:
-    """Say whether B is better than A, metric by metric on the same items, and how sure that is."""
-    from services.cli.comparison import compare_sides, print_versus
-
-    versus = compare_sides(first, second, settings=_settings())
-    if as_json:
-        typer.echo(versus.model_dump_json(indent=2))
-    else:
-        print_versus(versus)
-
-
 @app.command(rich_help_panel=FILES)
 def fetch(model: Annotated[str, typer.Argument(help="Directory, hub id, or an embedded model's name.")]) -> None:
     """Bring a model to this machine and print where it lies."""
@@ -274,24 +247,6 @@ def detect(
     with counting("Detecting") as progress:
         without = detect_file(detector, source=source, target=target, options=options, progress=progress)
     typer.echo(f"{target}" + (f" ({without} summaries have no score; see their field missing)" if without else ""))
-
-
-@app.command(rich_help_panel=FILES)
-def overconfidence(
-    *,
-    model: Annotated[list[str], typer.Option(help="Directory or hub id; repeat it to compare several.")],
-    out: Annotated[Path, typer.Option(help="Directory for overconfidence.json, plots and a page.")],
-    data: Annotated[str | None, typer.Option(help="CommonsenseQA as a file; the hub's validation set if none.")] = None,
-    examples: Annotated[int, typer.Option(min=0, help="Answered questions shown first, for base models.")] = 0,
-    limit: Annotated[int | None, typer.Option(min=1, help="First questions only.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 8,
-) -> None:
-    """Measure how sure models are of wrong answers: likelihoods, calibration, entropy."""
-    from services.cli.evaluation import measure_confidence
-
-    measure_confidence(
-        model, data=data, out=out, examples=examples, limit=limit, batch_size=batch_size, settings=_settings()
-    )
 
 
 @app.command(hidden=True)
