@@ -11,7 +11,6 @@ from services.contract.lm_head import LmHead
 from services.contract.sequences import LabelOptions, TokenSequence
 from services.contract.soft_labels import (
     CHECKED_POSITIONS,
-    Array,
     ExactLabels,
     FullLabels,
     ProjectedLabels,
@@ -24,6 +23,7 @@ from services.contract.soft_labels import (
     hash_sequence,
     log_softmax,
 )
+from services.contract.tensors import Array
 from student_trainer.student_head import StudentHead
 
 FLOAT_TOLERANCE = 2e-3

@@ -17,8 +17,8 @@ import numpy as np
 from services.contract.errors import LabelMismatchError
 from services.contract.head_rows import HeadAssembly
 from services.contract.lm_head import LmHead
-from services.contract.soft_labels import Array, tensor_dtype
 from services.contract.teacher.v1 import teacher_service_pb2 as pb
+from services.contract.tensors import Array, tensor_dtype
 
 
 def cached_lm_head(

@@ -10,8 +10,8 @@ import numpy as np
 
 from services.contract.head_rows import head_fingerprint, head_rows
 from services.contract.lm_head import LmHead
-from services.contract.soft_labels import Array, tensor_type
 from services.contract.teacher.v1 import teacher_service_pb2 as pb
+from services.contract.tensors import Array, tensor_type
 
 MOST_REPLICAS = 64
 """As many replicas of a teacher may each miss the head once."""

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 from services.contract.errors import SmoothKDError, TeacherUnavailableError
 from services.contract.lm_head import LmHead
 from services.contract.sequences import Continuation, DecodeOptions, LabelOptions, Prompt, TokenSequence
-from services.contract.soft_labels import Array, ScoredSequence
+from services.contract.soft_labels import ScoredSequence
+from services.contract.tensors import Array
 from teacher_server.engine import BatchReport, Capacity, TeacherCard
 from teacher_server.student_heads import StudentHeads
 

@@ -6,7 +6,8 @@ from typing import Any, NoReturn
 from services.contract.errors import HandshakeError
 from services.contract.lm_head import LmHead
 from services.contract.sequences import Continuation, DecodeOptions, LabelOptions, Prompt, TokenSequence
-from services.contract.soft_labels import Array, ScoredSequence
+from services.contract.soft_labels import ScoredSequence
+from services.contract.tensors import Array
 from teacher_server.engine import BatchReport, Capacity, Engine, TeacherCard
 from teacher_server.student_heads import StudentHeads
 

@@ -17,7 +17,6 @@ from services.contract.lm_head import LmHead
 from services.contract.reference_labels import label_uniforms, projected_labels, sampled_labels, top_k_labels
 from services.contract.sequences import Continuation, DecodeOptions, LabelOptions, Prompt, TokenSequence
 from services.contract.soft_labels import (
-    Array,
     ExactLabels,
     FullLabels,
     ScoredSequence,
@@ -26,6 +25,7 @@ from services.contract.soft_labels import (
     hash_sequence,
     log_softmax,
 )
+from services.contract.tensors import Array
 from teacher_server.batching import DecodeWatch
 from teacher_server.draws import draw_generator
 from teacher_server.engine import TeacherCard

@@ -13,8 +13,9 @@ from services.contract.errors import (
     UnsupportedError,
 )
 from services.contract.sequences import DecodeOptions, Encoding, LabelOptions, Prompt, TokenSequence
-from services.contract.soft_labels import MAX_MESSAGE_BYTES, WIRE_ENCODINGS, Array
+from services.contract.soft_labels import MAX_MESSAGE_BYTES, WIRE_ENCODINGS
 from services.contract.teacher.v1 import teacher_service_pb2 as pb
+from services.contract.tensors import Array
 from services.models.directory import same_directory
 from teacher_server.engine import MAX_DRAWS, MAX_K, TeacherCard
 from teacher_server.sizes import label_bytes

@@ -10,7 +10,8 @@ import numpy as np
 
 from services.contract.errors import TeacherError
 from services.contract.sequences import LabelOptions, TokenSequence
-from services.contract.soft_labels import Array, ExactLabels, ScoredSequence, checked_positions, log_softmax
+from services.contract.soft_labels import ExactLabels, ScoredSequence, checked_positions, log_softmax
+from services.contract.tensors import Array
 from teacher_server.engine import Engine
 from teacher_server.wire import as_label_dtype
 

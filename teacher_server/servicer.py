@@ -8,13 +8,14 @@ from weakref import WeakKeyDictionary
 
 import grpc.aio
 
-from services.contract.soft_labels import WIRE_ENCODINGS, tensor_type
+from services.contract.soft_labels import WIRE_ENCODINGS
 from services.contract.teacher.v1 import teacher_service_pb2 as pb
 from services.contract.teacher.v1.teacher_service_pb2_grpc import (
     TeacherServiceServicer,
     add_TeacherServiceServicer_to_server,
 )
 from services.contract.teacher_channel import CLIENT_KEY, SERVICE_NAME
+from services.contract.tensors import tensor_type
 from teacher_server.admission import Admission
 from teacher_server.engine import MAX_DRAWS, MAX_K
 from teacher_server.metrics import TeacherMetrics

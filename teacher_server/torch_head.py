@@ -15,7 +15,6 @@ from services.contract.lm_head import LmHead
 from services.contract.reference_labels import count_draws, label_uniforms
 from services.contract.sequences import LabelOptions, TokenSequence
 from services.contract.soft_labels import (
-    Array,
     ExactLabels,
     FullLabels,
     ProjectedLabels,
@@ -25,6 +24,7 @@ from services.contract.soft_labels import (
     checked_positions,
     hash_sequence,
 )
+from services.contract.tensors import Array
 from services.models.logit_shape import logit_scale, soft_cap
 from teacher_server.student_heads import StudentHeads
 

@@ -21,7 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from services.contract.errors import InvalidInputError, TeacherUnavailableError
 from services.contract.lm_head import LmHead
 from services.contract.sequences import Continuation, DecodeOptions, LabelOptions, Prompt, TokenSequence
-from services.contract.soft_labels import Array, ScoredSequence, hash_sequence
+from services.contract.soft_labels import ScoredSequence, hash_sequence
+from services.contract.tensors import Array
 from teacher_server.adapter import merge_adapter
 from teacher_server.checkpoint_head import load_checkpoint_head
 from teacher_server.engine import BatchReport, Capacity, TeacherCard

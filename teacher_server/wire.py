@@ -15,9 +15,9 @@ from services.contract.soft_labels import (
     ProjectedLabels,
     ScoredSequence,
     encode_labels,
-    tensor_type,
 )
 from services.contract.teacher.v1 import teacher_service_pb2 as pb
+from services.contract.tensors import tensor_type
 
 
 def encode_scored(scored: ScoredSequence, *, label_dtype: str) -> pb.ScoreSequencesResponse:

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from services.contract.soft_labels import Array, decode_tensor, encode_tensor
 from services.contract.teacher.v1 import teacher_service_pb2 as pb
+from services.contract.tensors import Array, decode_tensor, encode_tensor
 
 _MESSAGE_BYTES = 1024 * 1024
 """Of weights per message: gRPC streams fastest between 0.25 and 1 MiB."""

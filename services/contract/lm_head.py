@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from services.contract.soft_labels import Array
+from services.contract.tensors import Array
 
 _BLOCK_ROWS = 16_384
 """Rows of a 16-bit head that are widened to float32 at a time, so that a large one needs no second copy."""

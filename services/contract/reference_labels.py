@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from services.contract.soft_labels import Array, ProjectedLabels, SampledLabels, TopKLabels, log_softmax
+from services.contract.soft_labels import ProjectedLabels, SampledLabels, TopKLabels, log_softmax
+from services.contract.tensors import Array
 
 _BLOCK_ROWS = 16_384
 """Rows of a student's head that are widened to float64 at a time."""

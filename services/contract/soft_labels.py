@@ -7,19 +7,16 @@ decoding copies nothing: the arrays are read-only views of the message's bytes.
 """
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from services.contract.errors import LabelMismatchError
 from services.contract.sequences import Encoding
 from services.contract.teacher.v1 import teacher_service_pb2 as pb
-
-Array = np.ndarray[Any, np.dtype[Any]]
+from services.contract.tensors import Array, decode_tensor, encode_tensor, fill_tensor
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 """Largest gRPC message either end accepts: one sequence of exact labels, 8192 positions of 4096 bf16 values."""
@@ -115,21 +112,21 @@ def encode_labels(scored: ScoredSequence) -> pb.ScoreSequencesResponse:
     )
     labels = scored.labels
     if isinstance(labels, ExactLabels):
-        _fill(message.exact.hidden, labels.hidden_ND)
+        fill_tensor(message.exact.hidden, labels.hidden_ND)
     elif isinstance(labels, TopKLabels):
-        _fill(message.top_k.ids, labels.ids_NK)
-        _fill(message.top_k.logprobs, labels.logprobs_NK)
-        _fill(message.top_k.tail_mass, labels.tail_mass_N)
+        fill_tensor(message.top_k.ids, labels.ids_NK)
+        fill_tensor(message.top_k.logprobs, labels.logprobs_NK)
+        fill_tensor(message.top_k.tail_mass, labels.tail_mass_N)
     elif isinstance(labels, SampledLabels):
-        _fill(message.sampled.ids, labels.ids_M)
-        _fill(message.sampled.counts, labels.counts_M)
-        _fill(message.sampled.lengths, labels.lengths_N)
+        fill_tensor(message.sampled.ids, labels.ids_M)
+        fill_tensor(message.sampled.counts, labels.counts_M)
+        fill_tensor(message.sampled.lengths, labels.lengths_N)
     elif isinstance(labels, ProjectedLabels):
-        _fill(message.projected.embedding, labels.embedding_NS)
+        fill_tensor(message.projected.embedding, labels.embedding_NS)
         if labels.bias_N is not None:
-            _fill(message.projected.bias, labels.bias_N)
+            fill_tensor(message.projected.bias, labels.bias_N)
     else:
-        _fill(message.full.logprobs, labels.logprobs_NV)
+        fill_tensor(message.full.logprobs, labels.logprobs_NV)
     return message
 
 
@@ -267,55 +264,3 @@ WIRE_ENCODINGS: dict[Encoding, Any] = {
     "projected": pb.ENCODING_PROJECTED,
 }
 """Each encoding's number on the wire."""
-
-_DTYPES: dict[Any, np.dtype[Any]] = {
-    pb.TENSOR_TYPE_FLOAT32: np.dtype("<f4"),
-    pb.TENSOR_TYPE_FLOAT16: np.dtype("<f2"),
-    pb.TENSOR_TYPE_BFLOAT16: np.dtype(ml_dtypes.bfloat16),
-    pb.TENSOR_TYPE_INT32: np.dtype("<i4"),
-    pb.TENSOR_TYPE_UINT8: np.dtype("u1"),
-    pb.TENSOR_TYPE_UINT16: np.dtype("<u2"),
-}
-_TENSOR_TYPES = {dtype: number for number, dtype in _DTYPES.items()}
-
-
-def encode_tensor(array: Array) -> pb.Tensor:
-    """Arrays of any shape whose type has a wire type."""
-    message = pb.Tensor()
-    _fill(message, array)
-    return message
-
-
-def decode_tensor(message: pb.Tensor) -> Array:
-    """A read-only view of the message's bytes; LabelMismatchError when size and shape disagree."""
-    dtype = tensor_dtype(message.dtype)
-    expected = math.prod(message.shape) * dtype.itemsize
-    if len(message.data) != expected:
-        raise LabelMismatchError(
-            f"a tensor of shape {list(message.shape)} holds {len(message.data)} bytes instead of {expected}",
-            fix="The answer is damaged; restart the teacher.",
-        )
-    return np.frombuffer(message.data, dtype=dtype).reshape(message.shape)
-
-
-def _fill(message: pb.Tensor, array: Array) -> None:
-    """In place, for labels may be large and a tensor that is put into a message is copied."""
-    message.dtype = tensor_type(array.dtype)
-    message.shape.extend(array.shape)
-    message.data = array.tobytes()
-
-
-def tensor_dtype(tensor_type: int) -> np.dtype[Any]:
-    """The NumPy type of a wire type; LabelMismatchError for one that this release does not know."""
-    dtype = _DTYPES.get(tensor_type)
-    if dtype is None:
-        raise LabelMismatchError(
-            f"a tensor has the unknown type {tensor_type}",
-            fix="Teacher and student run different releases of smoothkd; update the older one.",
-        )
-    return dtype
-
-
-def tensor_type(dtype: np.dtype[Any]) -> Any:
-    """The wire type of a NumPy type out of float32, float16, bfloat16, int32, uint8, uint16."""
-    return _TENSOR_TYPES[dtype]

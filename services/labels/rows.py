@@ -9,17 +9,9 @@ import numpy as np
 import pyarrow as pa
 
 from services.contract.sequences import TokenSequence
-from services.contract.soft_labels import (
-    Array,
-    ScoredSequence,
-    decode_labels,
-    encode_labels,
-    encode_tensor,
-    hash_sequence,
-    tensor_dtype,
-    tensor_type,
-)
+from services.contract.soft_labels import ScoredSequence, decode_labels, encode_labels, hash_sequence
 from services.contract.teacher.v1 import teacher_service_pb2 as pb
+from services.contract.tensors import Array, encode_tensor, tensor_dtype, tensor_type
 
 SCHEMA = pa.schema(
     [

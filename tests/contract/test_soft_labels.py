@@ -23,13 +23,12 @@ from services.contract.soft_labels import (
     TopKLabels,
     checked_positions,
     decode_labels,
-    decode_tensor,
     encode_labels,
-    encode_tensor,
     hash_sequence,
     log_softmax,
 )
 from services.contract.teacher.v1 import teacher_service_pb2 as pb
+from services.contract.tensors import decode_tensor, encode_tensor
 
 STATE_TYPES = [np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
 counts = st.integers(0, 9)
