@@ -1,6 +1,6 @@
 """Training curves of several runs over each other: smoothing, thinning, and the Altair chart."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import altair as alt
@@ -12,12 +12,37 @@ CURVES = {
     "loss": "Loss (hard + alpha × soft, per response token)",
     "hard_loss": "Hard loss (against the data set's words)",
     "soft_loss": "Soft loss (against the teacher)",
+    "student_entropy": "Entropy of the student (nats)",
+    "teacher_entropy": "Entropy of the teacher (nats)",
+    "agreement": "Agreement (share of tokens where student and teacher favour the same)",
+    "held_out_ece": "Calibration error on held-out records",
+    "held_out_loss": "Loss on held-out records",
+    "held_out_accuracy": "Accuracy of next tokens on held-out records",
     "learning_rate": "Learning rate",
-    "tokens_per_second": "Tokens per second",
     "grad_norm": "Gradient norm",
+    "tokens_per_second": "Tokens per second",
     "label_wait_seconds": "Waiting for soft labels (seconds)",
+    "label_cache_hits": "Soft labels from the cache (share)",
+    "peak_memory_gib": "Memory at its peak (GiB)",
+    "mfu": "Share of the GPUs' arithmetic (MFU)",
 }
 """What is drawn first, in this order; other metrics follow under their own names."""
+
+GROUPS = {
+    "Loss": ("loss", "hard_loss", "soft_loss"),
+    "What the student believes": (
+        "student_entropy",
+        "teacher_entropy",
+        "agreement",
+        "held_out_ece",
+        "held_out_loss",
+        "held_out_accuracy",
+    ),
+    "Optimizer": ("learning_rate", "grad_norm"),
+    "Speed and memory": ("tokens_per_second", "label_wait_seconds", "label_cache_hits", "peak_memory_gib", "mfu"),
+}
+OTHERS = "Others"
+"""The group of metrics that belong to none."""
 
 NOT_DRAWN = frozenset({"epoch"})
 
@@ -39,6 +64,15 @@ def curves_by_metric(points: Mapping[str, Sequence[MetricPoint]]) -> dict[str, l
     names = {point.name for run_points in points.values() for point in run_points} - NOT_DRAWN
     order = [name for name in CURVES if name in names] + sorted(names - set(CURVES))
     return {name: [_curve(label, points[label], name) for label in points] for name in order}
+
+
+def grouped(names: Iterable[str]) -> dict[str, list[str]]:
+    """Metrics by the title of their group, groups and metrics in order; groups without any are left out."""
+    group_of = {name: title for title, members in GROUPS.items() for name in members}
+    groups: dict[str, list[str]] = {title: [] for title in (*GROUPS, OTHERS)}
+    for name in names:
+        groups[group_of.get(name, OTHERS)].append(name)
+    return {title: members for title, members in groups.items() if members}
 
 
 def smooth(values: Sequence[float], *, weight: float) -> list[float]:

@@ -8,7 +8,7 @@ import streamlit as st
 from dashboard.live import live, problems_shown
 from dashboard.readings import read_metrics
 from dashboard.render.colours import run_colours
-from dashboard.render.curves import CURVES, count_below_log, curve_chart, curve_frame, curves_by_metric
+from dashboard.render.curves import CURVES, count_below_log, curve_chart, curve_frame, curves_by_metric, grouped
 from dashboard.render.run_table import drawn_first, legend_html, run_table_html
 from dashboard.render.words import run_label
 from dashboard.session import choose_sweep, client
@@ -73,15 +73,17 @@ def draw_curves(runs: Sequence[RunRecord], *, colours: dict[str, str]) -> None:
     st.html(legend_html(drawn))
     st.caption("Over optimizer steps; point at a line for its run and values.")
     left_out = {}
-    columns = st.columns(2, gap="large")
-    for place, (name, of_runs) in enumerate(curves.items()):
-        frame = curve_frame(of_runs, weight=weight)
-        with columns[place % 2]:
-            st.markdown(f"**{CURVES.get(name, name)}**")
-            chart = curve_chart(frame, colours=drawn, log=log, smoothed=weight > 0)
-            st.altair_chart(chart, width="stretch", key=f"curve-{name}")
-        if log and count_below_log(frame):
-            left_out[name] = count_below_log(frame)
+    for title, names in grouped(curves).items():
+        st.subheader(title)
+        columns = st.columns(2, gap="large")
+        for place, name in enumerate(names):
+            frame = curve_frame(curves[name], weight=weight)
+            with columns[place % 2]:
+                st.markdown(f"**{CURVES.get(name, name)}**")
+                chart = curve_chart(frame, colours=drawn, log=log, smoothed=weight > 0)
+                st.altair_chart(chart, width="stretch", key=f"curve-{name}")
+            if log and count_below_log(frame):
+                left_out[name] = count_below_log(frame)
     if left_out:
         counts = ", ".join(f"{count} of {name}" for name, count in left_out.items())
         st.caption(f"Not above 0, so not drawn on logarithmic axes: {counts}.")

@@ -5,7 +5,17 @@ import random
 import pandas as pd
 import pytest
 
-from dashboard.render.curves import Curve, count_below_log, curve_chart, curve_frame, curves_by_metric, smooth
+from dashboard.render.curves import (
+    CURVES,
+    GROUPS,
+    Curve,
+    count_below_log,
+    curve_chart,
+    curve_frame,
+    curves_by_metric,
+    grouped,
+    smooth,
+)
 from services.contract.records import MetricPoint
 
 
@@ -76,3 +86,14 @@ def test_every_run_has_its_own_colour_and_the_measured_values_stay_behind_smooth
     assert [layer["encoding"]["y"]["field"] for layer in chart["layer"]] == ["value", "smoothed", "smoothed"]
     assert chart["layer"][1]["encoding"]["color"]["scale"] == {"domain": ["a", "b"], "range": ["#111111", "#222222"]}
     assert [tip["field"] for tip in chart["layer"][2]["encoding"]["tooltip"]] == ["run", "step", "value", "smoothed"]
+
+
+def test_metrics_are_drawn_in_groups_and_none_is_lost() -> None:
+    names = ["soft_loss", "custom", "mfu", "loss", "held_out_ece", "agreement"]
+    assert grouped(names) == {
+        "Loss": ["soft_loss", "loss"],
+        "What the student believes": ["held_out_ece", "agreement"],
+        "Speed and memory": ["mfu"],
+        "Others": ["custom"],
+    }
+    assert {name for members in GROUPS.values() for name in members} == set(CURVES)
