@@ -47,6 +47,8 @@ def _directory(target: Path, offline: bool) -> Path:
             with tempfile.TemporaryDirectory(prefix=f".{NAME}.", dir=target.parent) as scratch:
                 model = Path(scratch) / "model"
                 _convert(_downloaded(Path(scratch)), model)
+                for file in model.iterdir():
+                    file.chmod(0o644)
                 # The directory appears whole or not at all.
                 model.rename(target)
     return target

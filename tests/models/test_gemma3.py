@@ -69,7 +69,7 @@ def test_smollm2_learns_from_it_across_tokenizers(
             "dataset": {"path": str(path)},
             "distillation": {"cross_tokenizer": "uld", "labels": {"encoding": "top_k", "k": 64}},
             "alpha": 3.0,
-            "learning_rate": 1e-5,
+            "learning_rate": 3e-5,
             "training": {"precision": "fp32", "epochs": 4, "warmup_ratio": 0.0, "lr_scheduler": "constant"},
         }
     )
