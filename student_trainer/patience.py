@@ -22,10 +22,10 @@ class Patience:
     """Decides whether a failed request is made again, and waits before it is: as long as the teacher says, or 0.1 s,
     doubling to 5 s.
 
-    ``seconds`` bounds the time without any progress. ``known_model`` is empty until a teacher has introduced itself:
-    from then on another one at the address is one replica gone astray, and the others are asked. ``warned`` remembers
-    for all requests of a client which replicas were reported. Setting ``closed`` ends a wait. ``misses``: requests in
-    a row that found the student's head missing.
+    ``seconds`` bounds the time without any progress or word of a teacher that loads. ``known_model`` is empty until a
+    teacher has introduced itself: from then on another one at the address is one replica gone astray, and the others
+    are asked. ``warned`` remembers for all requests of a client which replicas were reported. Setting ``closed`` ends a
+    wait. ``misses``: requests in a row that found the student's head missing.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class Patience:
         self._pause = _SHORTEST_PAUSE
         self._progressed = True
         self._since: float | None = None
+        self._absent_since: float | None = None
         self.misses = 0
 
     def wait_or_raise(self, error: grpc.RpcError) -> None:
@@ -57,14 +58,22 @@ class Patience:
         )
         self._progressed = False
         pause = self._next_pause(told, astray=astray)
-        now = time.monotonic()
-        self._since = now if self._since is None else self._since
-        patience = self._seconds * (_LOADING_FACTOR if is_starting(error) else 1)
-        if not again or now + pause > self._since + patience:
+        if not again or time.monotonic() + pause > self._ends(starting=is_starting(error)):
             raise meaning from error
         if astray:
             self._warn_once(meaning.what, replica=meaning.details.get("replica", self._address))
         self._closed.wait(pause)
+
+    def _ends(self, *, starting: bool) -> float:
+        now = time.monotonic()
+        self._since = now if self._since is None else self._since
+        loaded_at_last = self._since + _LOADING_FACTOR * self._seconds
+        if starting:
+            # One that dies while it loads is waited for again from then on.
+            self._absent_since = None
+            return loaded_at_last
+        self._absent_since = now if self._absent_since is None else self._absent_since
+        return min(self._absent_since + self._seconds, loaded_at_last)
 
     def _next_pause(self, told: float | None, *, astray: bool) -> float:
         if astray:
