@@ -4,6 +4,7 @@ Shape suffixes: N response positions, C positions of one chunk, M those that a t
 for, or distinct drawn tokens, D the student's hidden size, E the teacher's, V vocabulary, K kept tokens.
 """
 
+import math
 from bisect import bisect_left
 
 import torch
@@ -14,6 +15,7 @@ from student_trainer.output_head import project
 from student_trainer.targets import (
     ExactTargets,
     FullTargets,
+    MixedTargets,
     ProjectedTargets,
     SampledTargets,
     SoftTargets,
@@ -42,6 +44,10 @@ class ChunkLabels:
         self._terms = terms
         self._matmul_dtype = matmul_dtype
         self._vocab_size: int | None = None if isinstance(targets, UniversalTargets) else vocab_size
+        self._parts = [
+            ChunkLabels(part, hidden_ND, vocab_size=vocab_size, terms=terms, matmul_dtype=matmul_dtype)
+            for part in (targets.parts if isinstance(targets, MixedTargets) else ())
+        ]
         of_teacher = targets.labels if isinstance(targets, UniversalTargets) else targets
         if isinstance(of_teacher, ExactTargets):
             self._weight_VE = of_teacher.head.weight_RD[: self._vocab_size].to(matmul_dtype)
@@ -60,6 +66,8 @@ class ChunkLabels:
         targets = self._targets
         if targets is None:
             return None
+        if isinstance(targets, MixedTargets):
+            return self._mixed(targets, rows)
         if isinstance(targets, UniversalTargets):
             return self._universal(targets, rows)
         if isinstance(targets, SampledTargets):
@@ -78,6 +86,18 @@ class ChunkLabels:
         return TopKLabel(
             targets.ids_NK[rows], targets.logprobs_NK[rows].to(dtype).exp(), targets.tail_mass_N[rows].to(dtype)
         )
+
+    def _mixed(self, targets: MixedTargets, rows: slice) -> DenseLabel:
+        """The logarithm of the mean of probabilities; the mean of logits would be another, sharper distribution."""
+        heat = self._terms.temperature
+        mean_CV: torch.Tensor | None = None
+        for part, weight in zip(self._parts, targets.weights, strict=True):
+            label = part.of(rows)
+            assert isinstance(label, DenseLabel)
+            logprobs_CV = torch.log_softmax(label.scores_CV / heat, dim=1).add_(math.log(weight))
+            mean_CV = logprobs_CV if mean_CV is None else torch.logaddexp(mean_CV, logprobs_CV)
+        assert mean_CV is not None
+        return DenseLabel(mean_CV.mul_(heat), tempered=heat != 1)
 
     def _universal(self, targets: UniversalTargets, rows: slice) -> UniversalLabel | None:
         labelled = slice(bisect_left(targets.rows, rows.start), bisect_left(targets.rows, rows.stop))

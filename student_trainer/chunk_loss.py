@@ -50,9 +50,13 @@ class Terms:
 
 
 class DenseLabel(NamedTuple):
-    """The teacher's logits at temperature 1, up to a constant per position."""
+    """The teacher's logits at temperature 1, up to a constant per position.
+
+    ``tempered``: they are made up for the loss's temperature, and tell nothing of any other.
+    """
 
     scores_CV: Tensor
+    tempered: bool = False
 
 
 class TopKLabel(NamedTuple):
@@ -138,7 +142,8 @@ def _observe(logits_CV: Tensor, norm_C: Tensor, probs_CV: Tensor, label: Label |
     """A top-k label knows the likeliest token, but not how its tail is spread; draws and projections know neither."""
     sums = {"student_entropy": (norm_C - torch.linalg.vecdot(probs_CV, logits_CV)).sum()}
     if isinstance(label, DenseLabel):
-        sums["teacher_entropy"] = torch.special.entr(torch.softmax(label.scores_CV, dim=1)).sum()
+        if not label.tempered:
+            sums["teacher_entropy"] = torch.special.entr(torch.softmax(label.scores_CV, dim=1)).sum()
         sums["agreement"] = (logits_CV.argmax(dim=1) == label.scores_CV.argmax(dim=1)).sum()
     elif isinstance(label, TopKLabel):
         likeliest_C1 = label.ids_CK.gather(1, label.probs_CK.argmax(dim=1, keepdim=True))

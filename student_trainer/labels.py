@@ -33,6 +33,7 @@ from student_trainer.output_head import OutputHead
 from student_trainer.targets import (
     ExactTargets,
     FullTargets,
+    MixedTargets,
     ProjectedTargets,
     SampledTargets,
     SoftTargets,
@@ -47,26 +48,26 @@ REQUESTS_AT_ONCE = 4
 @dataclass(frozen=True, kw_only=True)
 class _Asked:
     ids: list[str]
-    answer: Future[dict[str, ScoredSequence]]
+    answers: list[Future[dict[str, ScoredSequence]]]
 
 
 class LabelPrefetcher:
-    """Asks a source of labels for batches in the background and hands each over when its step comes.
+    """Asks sources of labels, one per teacher, for batches in the background and hands each over when its step comes.
 
     What goes wrong there is raised by ``take``; ``waited_seconds`` counts the time that ``take`` waits, ``taken`` the
     sequences that it handed over and ``taken_from_cache`` those whose labels had been computed before.
-    Leaving it as a context closes the source, which ends the requests under way.
+    Leaving it as a context closes the sources, which ends the requests under way.
     """
 
     def __init__(
-        self, source: LabelSource, *, options: LabelOptions, should_stop: Callable[[], bool] = lambda: False
+        self, *sources: LabelSource, options: LabelOptions, should_stop: Callable[[], bool] = lambda: False
     ) -> None:
         self.waited_seconds = 0.0
         self.taken = self.taken_from_cache = 0
-        self._source = source
+        self._sources = sources
         self._options = options
         self._should_stop = should_stop
-        self._threads = ThreadPoolExecutor(REQUESTS_AT_ONCE, thread_name_prefix="labels")
+        self._threads = ThreadPoolExecutor(REQUESTS_AT_ONCE * len(sources), thread_name_prefix="labels")
         self._asked: dict[int, _Asked] = {}
         self._tickets = itertools.count()
 
@@ -78,7 +79,8 @@ class LabelPrefetcher:
 
     def close(self) -> None:
         """End the requests under way and the threads that make them."""
-        self._source.close()
+        for source in self._sources:
+            source.close()
         self._threads.shutdown(cancel_futures=True)
 
     def request(self, examples: Sequence[Example]) -> int:
@@ -88,38 +90,42 @@ class LabelPrefetcher:
         sequences = [
             label_request(example, id=f"{ticket}.{place}.{example.index}") for place, example in enumerate(examples)
         ]
-        answer = self._threads.submit(
+        answers = [
             # In the context of whoever asks, so that the request belongs to its trace.
-            contextvars.copy_context().run,
-            self._score,
-            sequences,
-        )
-        self._asked[ticket] = _Asked(ids=[sequence.id for sequence in sequences], answer=answer)
+            self._threads.submit(contextvars.copy_context().run, self._score, source, sequences)
+            for source in self._sources
+        ]
+        self._asked[ticket] = _Asked(ids=[sequence.id for sequence in sequences], answers=answers)
         return ticket
 
-    def take(self, ticket: int) -> list[ScoredSequence]:
-        """The batch's labels in its order, once. CancelledError when the run is to stop meanwhile."""
+    def take(self, ticket: int) -> list[list[ScoredSequence]]:
+        """The labels that each source has for the batch, in the batch's order, once.
+
+        CancelledError when the run is to stop meanwhile.
+        """
         asked = self._asked.pop(ticket)
         started = time.monotonic()
         try:
-            while True:
-                try:
-                    scored = asked.answer.result(timeout=0.2)
-                except TimeoutError:
-                    if asked.answer.done():
-                        raise
-                    if self._should_stop():
-                        raise CancelledError("stopped while waiting for the teacher's labels") from None
-                else:
-                    batch = [scored[id] for id in asked.ids]
-                    self.taken += len(batch)
-                    self.taken_from_cache += sum(part.from_cache for part in batch)
-                    return batch
+            answered = [self._wait(answer) for answer in asked.answers]
         finally:
             self.waited_seconds += time.monotonic() - started
+        batches = [[scored[id] for id in asked.ids] for scored in answered]
+        self.taken += sum(map(len, batches))
+        self.taken_from_cache += sum(part.from_cache for batch in batches for part in batch)
+        return batches
 
-    def _score(self, sequences: list[TokenSequence]) -> dict[str, ScoredSequence]:
-        return {scored.id: scored for scored in self._source.score(sequences, self._options)}
+    def _wait(self, answer: Future[dict[str, ScoredSequence]]) -> dict[str, ScoredSequence]:
+        while True:
+            try:
+                return answer.result(timeout=0.2)
+            except TimeoutError:
+                if answer.done():
+                    raise
+                if self._should_stop():
+                    raise CancelledError("stopped while waiting for the teacher's labels") from None
+
+    def _score(self, source: LabelSource, sequences: list[TokenSequence]) -> dict[str, ScoredSequence]:
+        return {scored.id: scored for scored in source.score(sequences, self._options)}
 
 
 def label_request(example: Example, *, id: str) -> TokenSequence:
@@ -155,6 +161,15 @@ def soft_targets(labels: Sequence[SoftLabels], *, teacher_head: OutputHead | Non
         )
     full = _all_of(FullLabels, labels)
     return FullTargets(logprobs_NV=_join([part.logprobs_NV for part in full], device))
+
+
+def mixed_targets(parts: Sequence[SoftTargets], *, weights: Sequence[float]) -> SoftTargets:
+    """A batch's labels by several teachers, averaged by ``weights``; those of one teacher as they are."""
+    if len(parts) == 1:
+        return parts[0]
+    whole = [part for part in parts if isinstance(part, ExactTargets | FullTargets)]
+    assert len(whole) == len(parts), "the specification allows no others"
+    return MixedTargets(parts=whole, weights=weights)
 
 
 def universal_targets(targets: SoftTargets, examples: Sequence[Example]) -> UniversalTargets:

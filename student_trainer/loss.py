@@ -29,7 +29,14 @@ from services.contract.errors import UnsupportedError
 from student_trainer.chunk_labels import ChunkLabels
 from student_trainer.chunk_loss import Terms, fastest_chunk_loss
 from student_trainer.output_head import OutputHead
-from student_trainer.targets import ExactTargets, FullTargets, ProjectedTargets, SoftTargets, UniversalTargets
+from student_trainer.targets import (
+    ExactTargets,
+    FullTargets,
+    MixedTargets,
+    ProjectedTargets,
+    SoftTargets,
+    UniversalTargets,
+)
 
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
 
@@ -77,7 +84,7 @@ def distillation_loss(
     matmul_dtype = matmul_dtype or hidden_ND.dtype
     if isinstance(targets, ProjectedTargets):
         require_projectable(head)
-    assert divergence == "cross_entropy" or isinstance(targets, ExactTargets | FullTargets | None)
+    assert divergence == "cross_entropy" or isinstance(targets, ExactTargets | FullTargets | MixedTargets | None)
     job = _Job(
         token_ids_N=token_ids_N,
         targets=targets,
@@ -153,7 +160,7 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, weight_RD: Tensor, bias_R: Tensor | None, job: _Job) -> tuple[Tensor, ...]:
         wanted = [job.wants_gradients and needed for needed in ctx.needs_input_grad[:3]]
-        dense = job.targets is None or isinstance(job.targets, ExactTargets | FullTargets)
+        dense = job.targets is None or isinstance(job.targets, ExactTargets | FullTargets | MixedTargets)
         loss_of = fastest_chunk_loss(job.terms, device=hidden_ND.device, dense=dense)
         hard, soft = hidden_ND.new_zeros(2, dtype=job.terms.dtype).unbind()
         with torch.autocast(hidden_ND.device.type, enabled=False):

@@ -21,7 +21,7 @@ from student_trainer.handshake import PROBE_TEXTS
 from student_trainer.labels import label_request
 from student_trainer.progress import Progress
 from student_trainer.student import load_student, load_tokenizer, output_head, vocabulary_size
-from student_trainer.teacher import Teacher, connect_teacher
+from student_trainer.teacher import Teacher, connect_teachers
 from student_trainer.teacher_client import TeacherClient
 
 log = logging.getLogger(__name__)
@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Precomputed:
-    """``sequences`` and their ``tokens`` that were asked for; ``hits`` of them came from the teacher's cache, and
-    ``already`` others lay in the files.
+    """``sequences`` and their ``tokens`` that teachers were asked for; ``hits`` of them lay in a cache of theirs, and
+    ``already`` others in the files.
     """
 
     sequences: int
@@ -47,7 +47,9 @@ def precompute_labels(
     out: Path | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Precomputed:
-    """Ask the teacher for all labels that ``runs``, those of one sweep, will ask for; with ``out`` write them there.
+    """Ask the teachers for all labels that ``runs``, those of one sweep, will ask for; with ``out`` write them there.
+
+    Of on-policy steps nobody knows beforehand what they will ask for.
 
     Started again after an interruption it goes on: the teacher's cache and the files keep what is there. Raises
     InvalidInputError where no run has soft labels, or ``out`` holds others; TeacherError and DatasetError as training
@@ -57,31 +59,38 @@ def precompute_labels(
     spec = _with_labels(runs)
     finetune_teacher(spec, settings=settings, should_stop=should_stop)
     tokenizer = load_tokenizer(spec.student, settings)
+    if out and spec.teacher and spec.teacher.others:
+        raise InvalidInputError(
+            "label files hold the labels of one teacher, and this sweep has several",
+            fix="`smoothkd labels precompute` fills each teacher's cache; or export with one teacher in the sweep.",
+        )
     with ExitStack() as stack:
-        teacher = connect_teacher(spec, tokenizer=tokenizer, settings=settings)
-        stack.callback(teacher.source.close)
+        teachers = connect_teachers(spec, tokenizer=tokenizer, settings=settings)
+        for teacher in teachers:
+            stack.callback(teacher.source.close)
         examples = load_examples(
             spec,
             tokenizer=tokenizer,
             settings=settings,
-            teacher_max_length=teacher.info.max_length,
+            teacher_max_length=min(teacher.info.max_length for teacher in teachers),
             should_stop=should_stop,
         )
-        if teacher.options.encoding == "projected":
-            teacher = _projecting(teacher, spec, settings, vocab_size=vocabulary_size(tokenizer))
+        if spec.distillation.labels.encoding == "projected":
+            vocab_size = vocabulary_size(tokenizer)
+            teachers = [_projecting(teacher, spec, settings, vocab_size=vocab_size) for teacher in teachers]
         # Records that are alike have the same labels.
         wanted = {_hash(sequence): sequence for sequence in (label_request(e, id=str(e.index)) for e in examples)}
         already = 0
-        writer = stack.enter_context(_writer(out, teacher)) if out else None
+        writer = stack.enter_context(_writer(out, teachers[0])) if out else None
         if writer:
             already = len(wanted)
             wanted = {key: sequence for key, sequence in wanted.items() if key not in writer.already}
             already -= len(wanted)
-        hits = _ask(teacher, wanted.values(), writer=writer, should_stop=should_stop)
+        hits = [_ask(teacher, wanted.values(), writer=writer, should_stop=should_stop) for teacher in teachers]
     return Precomputed(
-        sequences=len(wanted),
-        tokens=sum(len(sequence.token_ids) for sequence in wanted.values()),
-        hits=hits,
+        sequences=len(wanted) * len(hits),
+        tokens=sum(len(sequence.token_ids) for sequence in wanted.values()) * len(hits),
+        hits=sum(hits),
         already=already,
         seconds=time.monotonic() - started,
     )

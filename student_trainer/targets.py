@@ -72,4 +72,14 @@ class UniversalTargets:
     rows: Sequence[int]
 
 
-SoftTargets = ExactTargets | FullTargets | TopKTargets | SampledTargets | ProjectedTargets | UniversalTargets
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MixedTargets:
+    """Several teachers: the mean of their distributions at the loss's temperature by ``weights``, which add up to 1."""
+
+    parts: Sequence[ExactTargets | FullTargets]
+    weights: Sequence[float]
+
+
+SoftTargets = (
+    ExactTargets | FullTargets | TopKTargets | SampledTargets | ProjectedTargets | UniversalTargets | MixedTargets
+)

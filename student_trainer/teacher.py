@@ -15,6 +15,7 @@ from services.contract.sequences import LabelOptions, TokenSequence
 from services.contract.settings import Settings
 from services.contract.soft_labels import ScoredSequence
 from services.contract.spec import RunSpec
+from services.contract.teacher_addresses import require_own_addresses
 from services.contract.teacher_channel import teacher_access
 from student_trainer.alignment import verify_token_logprobs
 from student_trainer.data import Example
@@ -75,9 +76,26 @@ class Teacher:
         )
 
 
+def connect_teachers(spec: RunSpec, *, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[Teacher]:
+    """All teachers that ``spec`` names, the first one first, each as ``connect_teacher`` has it.
+
+    InvalidInputError where two of them are looked for at one address, which serves one at a time.
+    """
+    require_own_addresses(spec.teacher, settings)
+    teachers: list[Teacher] = []
+    try:
+        for one in spec.single_teachers:
+            teachers.append(connect_teacher(one, tokenizer=tokenizer, settings=settings))
+    except BaseException:
+        for teacher in teachers:
+            teacher.source.close()
+        raise
+    return teachers
+
+
 def connect_teacher(spec: RunSpec, *, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Teacher:
-    """The teacher that ``spec`` names, once it is certain to share the student's tokenizer, or to have that of the
-    teacher's model where the run allows for another.
+    """The run's first teacher, once it is certain to share the student's tokenizer, or to have that of the teacher's
+    model where the run allows for another.
 
     TeacherUnavailableError where none answers, HandshakeError where it is another, UnsupportedError where it does not
     offer the encoding.
@@ -101,7 +119,7 @@ def open_client(spec: RunSpec, *, tokenizer: PreTrainedTokenizerBase, settings: 
     """
     assert spec.teacher is not None
     tokenizer = teacher_tokenizer(spec, tokenizer=tokenizer, settings=settings)
-    address = settings.resolved_teacher_address
+    address = settings.address_of(spec.teacher.model)
     log.info("asking the teacher at %s for %s", address, spec.teacher.model)
     client = TeacherClient(address, access=teacher_access(settings), cache_dir=settings.data_dir / "lm_heads")
     encoding = spec.distillation.labels.encoding

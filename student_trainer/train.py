@@ -26,7 +26,7 @@ from student_trainer.packing import pack, require_packable
 from student_trainer.progress import Progress
 from student_trainer.run_directory import RunDirectory, spec_text, write_whole
 from student_trainer.student import load_student, load_tokenizer, output_head, save_student, vocabulary_size
-from student_trainer.teacher import Teacher, connect_teacher
+from student_trainer.teacher import Teacher, connect_teachers
 from student_trainer.trainer import DistillationTrainer, Objective
 from student_trainer.watcher import Watcher, stop_on_signals
 
@@ -113,40 +113,45 @@ def _prepared(spec: RunSpec, settings: Settings, stopping: Callable[[], bool]) -
     dtype = MATMUL_DTYPES[spec.training.precision]
     with ExitStack() as stack:
         tokenizer = load_tokenizer(spec.student, settings)
-        teacher: Teacher | None = None
+        teachers: list[Teacher] = []
         if spec.alpha > 0:
             if spec.distillation.labels.path:
-                teacher = teacher_in_files(spec, tokenizer=tokenizer, settings=settings)
+                teachers = [teacher_in_files(spec, tokenizer=tokenizer, settings=settings)]
             else:
-                teacher = connect_teacher(spec, tokenizer=tokenizer, settings=settings)
+                teachers = connect_teachers(spec, tokenizer=tokenizer, settings=settings)
+        for teacher in teachers:
             stack.callback(teacher.source.close)
+        teacher_max_length = min((teacher.info.max_length for teacher in teachers), default=None)
         examples = load_examples(
             spec,
             tokenizer=tokenizer,
             settings=settings,
-            teacher_max_length=teacher.info.max_length if teacher else None,
+            teacher_max_length=teacher_max_length,
             should_stop=stopping,
         )
         examples, held_out = split_held_out(examples, spec.training.held_out)
-        if teacher and isinstance(teacher.source, FileLabels):
-            teacher.source.require(examples)
+        for teacher in teachers:
+            if isinstance(teacher.source, FileLabels):
+                teacher.source.require(examples)
         vocab_size = vocabulary_size(tokenizer)
         with memory_advised(spec, where=lambda: "while the student was loaded"):
             model = load_student(spec.student, settings, vocab_size=vocab_size, frozen_dtype=dtype, seed=spec.seed)
         if spec.training.packing:
             require_packable(model, vocab_size=vocab_size)
         labels = on_policy = None
-        if teacher:
-            if teacher.options.encoding == "projected":
-                teacher = teacher.projecting(output_head(model), vocab_size=vocab_size, dtype=dtype)
-            teacher.verify(examples[0])
-            labels = stack.enter_context(LabelPrefetcher(teacher.source, options=teacher.options, should_stop=stopping))
+        if teachers:
+            if spec.distillation.labels.encoding == "projected":
+                teachers = [one.projecting(output_head(model), vocab_size=vocab_size, dtype=dtype) for one in teachers]
+            for teacher in teachers:
+                teacher.verify(examples[0])
+            sources, options = [teacher.source for teacher in teachers], teachers[0].options
+            labels = stack.enter_context(LabelPrefetcher(*sources, options=options, should_stop=stopping))
             if spec.distillation.on_policy:
                 on_policy = OnPolicy(
                     spec=spec.distillation.on_policy,
                     seed=spec.seed,
                     vocab_size=vocab_size,
-                    max_length=longest_example(spec, settings=settings, teacher_max_length=teacher.info.max_length),
+                    max_length=longest_example(spec, settings=settings, teacher_max_length=teacher_max_length),
                     stop_ids=stop_tokens(model, tokenizer),
                 )
         objective = Objective(
@@ -159,7 +164,8 @@ def _prepared(spec: RunSpec, settings: Settings, stopping: Callable[[], bool]) -
             labels=labels,
             on_policy=on_policy,
             chunk_size=spec.training.loss_chunk,
-            teacher_head=teacher.head_on(training_device(), dtype=dtype) if teacher else None,
+            teacher_heads=[teacher.head_on(training_device(), dtype=dtype) for teacher in teachers],
+            weights=spec.teacher.shares if spec.teacher else (1.0,),
         )
         yield _Parts(
             tokenizer=tokenizer,
@@ -167,7 +173,7 @@ def _prepared(spec: RunSpec, settings: Settings, stopping: Callable[[], bool]) -
             examples=examples,
             held_out=held_out,
             objective=objective,
-            teacher_fingerprint=teacher.info.fingerprint if teacher else None,
+            teacher_fingerprint=", ".join(teacher.info.fingerprint for teacher in teachers) or None,
         )
 
 

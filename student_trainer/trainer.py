@@ -19,7 +19,7 @@ from services.contract.distillation_spec import Divergence
 from services.contract.errors import TrainingError
 from student_trainer.data import Example, collate
 from student_trainer.held_out import measure_held_out
-from student_trainer.labels import LabelPrefetcher, soft_targets, universal_targets
+from student_trainer.labels import LabelPrefetcher, mixed_targets, soft_targets, universal_targets
 from student_trainer.look_ahead import LookAhead
 from student_trainer.loss import LossSums, distillation_loss
 from student_trainer.machine import flops_per_token, model_flops_utilization, peak_memory_gib
@@ -35,8 +35,9 @@ STEPS_AHEAD = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What is minimised; ``labels`` and ``teacher_head`` are None for supervised fine-tuning.
+    """What is minimised; ``labels`` is None for supervised fine-tuning.
 
+    ``teacher_heads`` and ``weights``: each teacher's output head, where it is needed, and what it counts.
     ``on_policy``: the steps that learn from the student's own responses; None where none does.
     """
 
@@ -47,7 +48,8 @@ class Objective:
     divergence: Divergence = "cross_entropy"
     beta: float = 0.5
     labels: LabelPrefetcher | None = None
-    teacher_head: OutputHead | None = None
+    teacher_heads: Sequence[OutputHead | None] = ()
+    weights: Sequence[float] = (1.0,)
     on_policy: OnPolicy | None = None
     chunk_size: int | None = None
 
@@ -214,12 +216,11 @@ class DistillationTrainer(Trainer):
         labels = self._objective.labels
         if labels is None:
             return None
-        scored = labels.take(inputs["ticket"])
-        targets = soft_targets(
-            [part.labels for part in scored],
-            teacher_head=self._objective.teacher_head,
-            device=self.accelerator.device,
-        )
+        parts = [
+            soft_targets([part.labels for part in scored], teacher_head=head, device=self.accelerator.device)
+            for scored, head in zip(labels.take(inputs["ticket"]), self._objective.teacher_heads, strict=True)
+        ]
+        targets = mixed_targets(parts, weights=self._objective.weights)
         examples = [self._examples[index] for index in inputs["record_B"].tolist()]
         return universal_targets(targets, examples) if examples[0].reading else targets
 

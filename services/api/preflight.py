@@ -20,20 +20,24 @@ from services.contract.errors import (
 from services.contract.evaluation_spec import QUESTIONS, SUMMARISATION, BenchmarkSpec
 from services.contract.settings import Settings
 from services.contract.soft_labels import WIRE_ENCODINGS
-from services.contract.spec import SweepSpec, TeacherSpec
+from services.contract.spec import SweepSpec
 from services.contract.teacher.v1 import teacher_service_pb2 as wire
 from services.contract.teacher.v1 import teacher_service_pb2_grpc as wire_grpc
+from services.contract.teacher_addresses import require_own_addresses
 from services.contract.teacher_channel import connection_problem, open_teacher_channel, teacher_access
+from services.contract.teacher_spec import OtherTeacherSpec, TeacherSpec
 from services.datasets.questions import check_questions
 from services.datasets.reading import check_dataset, check_items
 from services.models.directory import check_model_directory, is_path
+
+_AnyTeacher = TeacherSpec | OtherTeacherSpec
 
 MAX_RUNS = 10_000
 PROBE_SECONDS = 3.0
 
 
 class TeacherProbe(Protocol):
-    """Asks the teacher that the settings name who it is; see ``probe_teacher``."""
+    """Asks the teacher at the address that the settings have for a model who it is; see ``probe_teacher``."""
 
     def __call__(self, settings: Settings, *, model: str) -> wire.GetTeacherResponse: ...
 
@@ -44,7 +48,7 @@ def probe_teacher(settings: Settings, *, model: str) -> wire.GetTeacherResponse:
     TeacherUnavailableError when nothing answers at its address, or what answers is not ready; AuthenticationError
     when it wants another token; HandshakeError when it serves another model.
     """
-    address = settings.resolved_teacher_address
+    address = settings.address_of(model)
     with open_teacher_channel(address, access=teacher_access(settings), balanced=False) as channel:
         try:
             health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=PROBE_SECONDS)
@@ -73,7 +77,7 @@ def check_sweep(spec: SweepSpec, *, settings: Settings, probe: TeacherProbe = pr
     """Raises the first thing that would make the sweep fail, cheapest checks first; stores nothing.
 
     The size of the grid, local directories of models that are to be trained, the data set and its columns, benchmarks,
-    the directory of label files, and the teacher where the sweep needs one.
+    the directory of label files, and every teacher where the sweep needs them.
     """
     _check_size(spec)
     _check_model(spec.student.model, revision=spec.student.revision, field="student.model")
@@ -86,8 +90,11 @@ def check_sweep(spec: SweepSpec, *, settings: Settings, probe: TeacherProbe = pr
     if labels.path is not None:
         _check_label_files(Path(labels.path).expanduser())
     if spec.teacher is not None and (decodes or (max(spec.grid.alpha) > 0 and labels.path is None)):
-        address = settings.resolved_teacher_address
-        _check_teacher(spec, spec.teacher, probe(settings, model=spec.teacher.model), address=address)
+        require_own_addresses(spec.teacher, settings)
+        teachers: tuple[_AnyTeacher, ...] = (spec.teacher, *spec.teacher.others)
+        for wanted in teachers:
+            address = settings.address_of(wanted.model)
+            _check_teacher(spec, wanted, probe(settings, model=wanted.model), address=address)
 
 
 def _check_size(spec: SweepSpec) -> None:
@@ -131,7 +138,7 @@ def _check_label_files(directory: Path) -> None:
         )
 
 
-def _check_teacher(spec: SweepSpec, wanted: TeacherSpec, teacher: wire.GetTeacherResponse, *, address: str) -> None:
+def _check_teacher(spec: SweepSpec, wanted: _AnyTeacher, teacher: wire.GetTeacherResponse, *, address: str) -> None:
     if wanted.revision and teacher.revision and wanted.revision != teacher.revision:
         raise HandshakeError(
             f"teacher.revision: the teacher at {address} serves revision {teacher.revision}, not {wanted.revision}",
@@ -161,7 +168,7 @@ def _check_teacher(spec: SweepSpec, wanted: TeacherSpec, teacher: wire.GetTeache
             f"that the teacher at {address} takes",
             fix=f"Use max_length: {teacher.max_length} or less.",
         )
-    if spec.distillation.level != "word" and not teacher.generates:
+    if wanted is spec.teacher and spec.distillation.level != "word" and not teacher.generates:
         raise UnsupportedError(
             f"distillation.level: the teacher at {address} does not generate, which {spec.distillation.level} needs",
             fix="Use level word, or a teacher whose engine generates.",

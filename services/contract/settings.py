@@ -3,15 +3,28 @@
 Entry points build one ``Settings`` and pass it down; nothing reads the environment elsewhere.
 """
 
+import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from services.contract.errors import InvalidInputError
 
 Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+def _from_json(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f'not JSON ({error}); write {{"MODEL": "HOST:PORT"}}') from None
+
+
+Addresses = Annotated[dict[str, str], NoDecode, BeforeValidator(_from_json)]
 
 
 def load_settings() -> "Settings":
@@ -49,6 +62,11 @@ class Settings(BaseSettings):
         default="",
         description="Where students find the teacher: host:port, several with commas between, or any gRPC target; "
         "tls:// before it means TLS; empty means teacher_host:teacher_port.",
+    )
+    teacher_addresses: Addresses = Field(
+        default={},
+        description="Where each of several teachers is: JSON that maps its model to an address; a model that is not in "
+        "it is looked for at teacher_address.",
     )
     teacher_token: SecretStr | None = Field(
         default=None,
@@ -97,6 +115,10 @@ class Settings(BaseSettings):
     @property
     def resolved_teacher_address(self) -> str:
         return self.teacher_address or f"{self.teacher_host}:{self.teacher_port}"
+
+    def address_of(self, teacher_model: str) -> str:
+        """Where the teacher of this model is looked for."""
+        return self.teacher_addresses.get(teacher_model) or self.resolved_teacher_address
 
     @property
     def runs_dir(self) -> Path:

@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -20,37 +20,8 @@ from services.contract.distillation_spec import (
     check_student_fits_labels,
 )
 from services.contract.evaluation_spec import EvaluationSpec, Spec
+from services.contract.teacher_spec import TeacherSpec, check_others, finetune_batch_size
 from services.contract.training_spec import TrainingSpec, check_batches
-
-
-class TeacherFinetuneSpec(Spec):
-    """How the teacher is first fine-tuned on the sweep's data set (paper, section 4.1).
-
-    ``lora`` details the method lora. What is not said here is as for the sweep's students, under ``training``.
-    """
-
-    method: Literal["full", "lora"] = "lora"
-    epochs: Annotated[int, Field(ge=1)] = 1
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-5
-    batch_size: Annotated[int, Field(ge=1)] = 8
-    lora: LoraSpec | None = None
-
-    @model_validator(mode="after")
-    def _lora_belongs_to_its_method(self) -> "TeacherFinetuneSpec":
-        if self.lora is not None and self.method != "lora":
-            raise ValueError(f"lora only goes with method lora; remove lora or the method {self.method}")
-        return self
-
-
-class TeacherSpec(Spec):
-    """``model``: a directory or a hub id; the teacher server must have been started with this very model.
-
-    With ``finetune`` it is fine-tuned first, and the teacher server then serves the outcome.
-    """
-
-    model: Annotated[str, Field(min_length=1)]
-    revision: str | None = None
-    finetune: TeacherFinetuneSpec | None = None
 
 
 class DatasetSpec(Spec):
@@ -135,7 +106,8 @@ class RunSpec(Spec):
             )
         check_student_fits_labels(self.student, self.distillation)
         check_on_policy(self.distillation, self.training, (self.alpha,))
-        check_batches(self.training, (self.batch_size, *_finetune_batch_size(self.teacher)))
+        check_others(self.teacher, self.distillation)
+        check_batches(self.training, (self.batch_size, *finetune_batch_size(self.teacher)))
         return self
 
     @property
@@ -146,6 +118,15 @@ class RunSpec(Spec):
     def asks_teacher(self) -> bool:
         """Whether a teacher must be serving: labels may also lie in files."""
         return self.decodes or (self.alpha > 0 and self.distillation.labels.path is None)
+
+    @property
+    def single_teachers(self) -> "tuple[RunSpec, ...]":
+        """This run with each of its teachers alone, as it asks them for labels; empty where it has none."""
+        if self.teacher is None:
+            return ()
+        others = [TeacherSpec(model=other.model, revision=other.revision) for other in self.teacher.others]
+        first = self.teacher.model_copy(update={"others": (), "weight": 1.0})
+        return tuple(self.model_copy(update={"teacher": teacher}) for teacher in (first, *others))
 
     @property
     def decodes(self) -> bool:
@@ -180,7 +161,7 @@ class RunSpec(Spec):
             return None
         return content_key(
             {
-                "teacher": self.finetune_key or self.teacher.model_dump(mode="json"),
+                "teacher": self.finetune_key or self.teacher.model_dump(mode="json", exclude={"others", "weight"}),
                 "dataset": self.dataset.model_dump(mode="json"),
                 "max_length": self.training.max_length,
             }
@@ -228,7 +209,8 @@ class SweepSpec(Spec):
         _check_level_against_alpha(self.distillation.level, self.grid.alpha)
         check_student_fits_labels(self.student, self.distillation)
         check_on_policy(self.distillation, self.training, self.grid.alpha)
-        batch_sizes = (*self.grid.batch_size, *_finetune_batch_size(self.teacher))
+        check_others(self.teacher, self.distillation)
+        batch_sizes = (*self.grid.batch_size, *finetune_batch_size(self.teacher))
         check_batches(self.training, batch_sizes)
         needs_teacher = max(self.grid.alpha) > 0 or self.distillation.level != "word"
         if needs_teacher and self.teacher is None:
@@ -279,7 +261,3 @@ def _check_level_against_alpha(level: str, alphas: tuple[float, ...]) -> None:
         raise ValueError(
             "level sequence learns the teacher's decodes with alpha 0; set alpha to 0, or level to word+sequence"
         )
-
-
-def _finetune_batch_size(teacher: TeacherSpec | None) -> tuple[int, ...]:
-    return (teacher.finetune.batch_size,) if teacher is not None and teacher.finetune is not None else ()

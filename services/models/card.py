@@ -114,6 +114,8 @@ def _what_made_it(
         rows.append(("teacher", _with_revision(spec.teacher.model, spec.teacher.revision)))
         if spec.teacher.finetune is not None:
             rows.append(("teacher's fine-tuning", f"{spec.teacher.finetune.method}, on the same records"))
+        for other, share in zip(spec.teacher.others, spec.teacher.shares[1:], strict=True):
+            rows.append(("another teacher", f"{_with_revision(other.model, other.revision)}, weight {share:.3g}"))
         if teacher_fingerprint:
             rows.append(("teacher's fingerprint", teacher_fingerprint))
         if spec.alpha > 0:
@@ -123,6 +125,8 @@ def _what_made_it(
                 ("divergence", distillation.divergence),
                 ("soft labels", distillation.labels.encoding),
             ]
+        if distillation.on_policy is not None:
+            rows.append(("on-policy", f"{distillation.on_policy.fraction:.0%} of the steps"))
     learnt = f"{spec.dataset.path}, split {spec.dataset.split}: {examples:,} records"
     rows += [
         ("data", learnt + (f", {training.held_out} held out" if training.held_out else "")),

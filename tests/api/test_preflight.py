@@ -168,3 +168,22 @@ def test_sequence_level_needs_a_teacher_that_generates() -> None:
         assert "does not generate" in refusal(spec, error=UnsupportedError, address=address).what
     with serving() as address:
         check_sweep(spec, settings=Settings(teacher_address=address, offline=True))
+
+
+def test_every_teacher_of_several_is_asked_at_its_own_address() -> None:
+    teacher = {"model": "big-teacher", "others": [{"model": "other-teacher", "revision": "1"}]}
+    spec = make_spec(teacher=teacher)
+    assert "other-teacher" in refusal(spec, error=InvalidInputError, address="127.0.0.1:9").fix
+    other = wire.GetTeacherResponse()
+    other.CopyFrom(TEACHER)
+    other.model, other.revision = "other-teacher", "1"
+    with serving() as first, serving(other) as second:
+        settings = Settings(teacher_address=first, teacher_addresses={"other-teacher": second}, offline=True)
+        check_sweep(spec, settings=settings)
+        astray = Settings(teacher_address=second, teacher_addresses={"other-teacher": first}, offline=True)
+        with pytest.raises(HandshakeError, match=r"serves other-teacher, not big-teacher"):
+            check_sweep(spec, settings=astray)
+    with serving() as first, serving(TEACHER) as second:
+        settings = Settings(teacher_address=first, teacher_addresses={"other-teacher": second}, offline=True)
+        with pytest.raises(HandshakeError, match=r"serves big-teacher, not other-teacher"):
+            check_sweep(spec, settings=settings)
