@@ -14,6 +14,8 @@ logger = logging.getLogger(__name__)
 
 _SHORTEST_PAUSE = 0.1
 _LONGEST_PAUSE = 5.0
+_SILENT_SECONDS = 5.0
+"""A wait that lasts longer is told of."""
 _LOADING_FACTOR = 15
 """A teacher that says it is loading is waited for that much longer than one that says nothing."""
 
@@ -44,6 +46,7 @@ class Patience:
         self._progressed = True
         self._since: float | None = None
         self._absent_since: float | None = None
+        self._said = False
         self.misses = 0
 
     def wait_or_raise(self, error: grpc.RpcError) -> None:
@@ -58,10 +61,14 @@ class Patience:
         )
         self._progressed = False
         pause = self._next_pause(told, astray=astray)
-        if not again or time.monotonic() + pause > self._ends(starting=is_starting(error)):
+        now, ends = time.monotonic(), self._ends(starting=is_starting(error))
+        if not again or now + pause > ends:
             raise meaning from error
         if astray:
             self._warn_once(meaning.what, replica=meaning.details.get("replica", self._address))
+        elif not self._said and self._since is not None and now - self._since >= _SILENT_SECONDS:
+            self._said = True
+            logger.warning("%s; asking again for %.0f seconds", meaning.what, ends - now)
         self._closed.wait(pause)
 
     def _ends(self, *, starting: bool) -> float:

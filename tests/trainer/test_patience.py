@@ -73,3 +73,13 @@ def test_one_that_loads_is_waited_for_longer_and_one_that_dies_meanwhile_again(c
         waited(for_ever, clock, LOADING, most=50)
         waited(for_ever, clock, REFUSED, most=60)
     assert waited(for_ever, clock, REFUSED, most=1e6) < 60, "fifteen times as long is the end of it"
+
+
+def test_a_wait_is_told_of_once_unless_it_is_short(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    patience = Patience(seconds=100, address="a:1", known_model="", closed=clock, warned=set())
+    for _ in range(3):
+        assert waited(patience, clock, REFUSED, most=4) >= 4
+        patience.renew()
+    assert not caplog.records
+    assert waited(patience, clock, REFUSED, most=90) >= 90
+    assert [record.message for record in caplog.records] == ["no teacher answers at a:1; asking again for 94 seconds"]
