@@ -45,10 +45,10 @@ def teacher_problem(settings: Settings) -> str | None:
         with open_teacher_channel(address, access=teacher_access(settings), balanced=False) as channel:
             answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=3)
     except SmoothKDError as error:
-        return error.what
+        return f"{error.what}. {error.fix}"
     except grpc.RpcError as error:
         problem = connection_problem(error.details())
-        return f"{address} {problem.what}" if problem else f"{address}: {error.code().name}"
+        return f"{address} {problem.what}. {problem.fix}" if problem else f"no teacher answers at {address}"
     serving = health_pb2.HealthCheckResponse.SERVING
     return None if answer.status == serving else f"{address} is starting or stopping"
 

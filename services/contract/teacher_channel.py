@@ -138,8 +138,11 @@ def _service_config(*, balanced: bool) -> str:
 
 
 def _listed_replicas(address: str) -> list[tuple[str, int]]:
-    """Host and port of each replica in a list with commas; empty for a single address and for gRPC targets."""
-    if "," not in address or address.startswith(_GRPC_SCHEMES):
+    """Host and port of each replica in a list with commas; empty for a single address and for gRPC targets.
+
+    InvalidInputError for what is none of these: gRPC would look it up for ever.
+    """
+    if address.startswith(_GRPC_SCHEMES):
         return []
     replicas = []
     for part in address.split(","):
@@ -147,10 +150,11 @@ def _listed_replicas(address: str) -> list[tuple[str, int]]:
         if match is None or not 0 < int(match["port"]) < 65536:
             raise InvalidInputError(
                 f"{part.strip()!r} in the teacher's address is not host:port",
-                fix="Write SMOOTHKD_TEACHER_ADDRESS as host:port,host:port; IPv6 addresses as [::1]:8442.",
+                fix="Write SMOOTHKD_TEACHER_ADDRESS as host:port, or host:port,host:port for several, with tls:// "
+                "before it for TLS; IPv6 addresses as [::1]:8442.",
             )
         replicas.append((match["bracketed"] or match["host"], int(match["port"])))
-    return replicas
+    return replicas if len(replicas) > 1 else []
 
 
 def _numeric_target(replicas: Iterable[tuple[str, int]]) -> str:

@@ -56,7 +56,13 @@ def test_ipv4_and_ipv6_replicas_stand_in_one_list() -> None:
             wait_until(lambda: set(models_that_answer(client)) == {"300", "301"})
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:1,other", "a:1,b:0", "a:1,,b:2", "::1:1,::1:2", "a:1,b:99999"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("127.0.0.1:1,other", "a:1,b:0", "a:1,,b:2", "::1:1,::1:2", "a:1,b:99999", "localhost:1,"),
+        *("localhost", "localhost:99999", "::1:8442", "http://localhost:8442", "tls://localhost", "a b:1"),
+    ],
+)
 def test_addresses_that_are_none_are_refused(address: str) -> None:
     with pytest.raises(InvalidInputError, match="is not host:port"):
         TeacherClient(address)

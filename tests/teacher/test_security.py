@@ -174,7 +174,9 @@ def test_what_does_not_fit_is_refused_and_says_why(
     assert address in caught.value.what
     with pytest.raises(TeacherUnavailableError, match=what):
         probe_teacher(Settings(teacher_address=address, **settings), model="300")
-    assert what in (teacher_problem(Settings(teacher_address=address, **settings)) or "")
+    problem = teacher_problem(Settings(teacher_address=address, **settings)) or ""
+    assert what in problem
+    assert fix in problem
 
 
 def test_students_with_a_certificate_need_no_token(mutual_address: str, ours: Authority) -> None:
