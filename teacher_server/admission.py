@@ -52,12 +52,13 @@ class Admission:
     @contextmanager
     def stream(self, client: str, *, sequences: int, tokens: int, request_bytes: int = 0) -> Iterator["Stream"]:
         """One request, of so many sequences or prompts. OverloadedError when too many are under way."""
-        account = self._clients.setdefault(client, _Client())
+        account = self._clients.get(client) or _Client()
         if account.streams >= self.limits.streams_per_client or self.streams >= self.limits.streams:
             seconds = self._seconds_for(sequences=self.sequences / max(1, self.streams))
             raise _overloaded(
                 f"{account.streams} requests of this client and {self.streams} in all are under way", seconds
             )
+        self._clients[client] = account
         stream = Stream(self, client, account, sequences=sequences, tokens=tokens, request_bytes=request_bytes)
         account.streams += 1
         self.streams += 1

@@ -413,3 +413,13 @@ def test_random_cancels_and_refusals_lose_and_repeat_nothing(watched: Watched) -
         for outcome in [threads.submit(live, address, plan) for plan in plans]:
             outcome.result(timeout=120)
         wait_until(watched.is_idle)
+
+
+def test_those_who_were_refused_are_not_remembered() -> None:
+    admission = Admission(Limits(streams=1))
+    with admission.stream("busy", sequences=1, tokens=1):
+        for number in range(3):
+            with pytest.raises(OverloadedError), admission.stream(f"refused {number}", sequences=1, tokens=1):
+                pass
+        assert admission.clients == 1
+    assert admission.clients == 0
