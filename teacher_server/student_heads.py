@@ -25,8 +25,8 @@ from services.contract.errors import (
 )
 from services.contract.head_rows import HeadAssembly, head_fingerprint
 from services.contract.lm_head import LmHead
-from services.contract.soft_labels import Array, tensor_dtype
 from services.contract.teacher.v1 import teacher_service_pb2 as pb
+from services.contract.tensors import Array, tensor_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,7 @@ class StudentHeads(Generic[PlacedT]):
         self._heads: OrderedDict[str, tuple[PlacedT, int, int]] = OrderedDict()
         self._arriving_bytes = 0
         self._lock = threading.Lock()
+        self._placing = threading.Lock()
 
     def __contains__(self, fingerprint: str) -> bool:
         with self._lock:
@@ -73,12 +74,16 @@ class StudentHeads(Generic[PlacedT]):
     def put(self, fingerprint: str, head: LmHead) -> None:
         """Keep a head that has come whole."""
         size = head.weight_VD.nbytes
-        with self._lock:
-            # Out before in: the device may have no room for one head more.
-            while self._heads and sum(entry[2] for entry in self._heads.values()) + size > self.max_bytes:
-                dropped, _ = self._heads.popitem(last=False)
-                logger.info("dropped the student head %s to make room", dropped[:12])
-            self._heads[fingerprint] = (self._place(head), head.weight_VD.shape[1], size)
+        # Placing takes seconds, in which the others are asked for all the same.
+        with self._placing:
+            with self._lock:
+                # Out before in: the device may have no room for one head more.
+                while self._heads and sum(entry[2] for entry in self._heads.values()) + size > self.max_bytes:
+                    dropped, _ = self._heads.popitem(last=False)
+                    logger.info("dropped the student head %s to make room", dropped[:12])
+            placed = self._place(head)
+            with self._lock:
+                self._heads[fingerprint] = (placed, head.weight_VD.shape[1], size)
 
     @contextmanager
     def room_for(self, size: int) -> Iterator[None]:

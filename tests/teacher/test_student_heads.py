@@ -170,6 +170,29 @@ def test_the_least_recently_used_head_makes_room() -> None:
     assert [name in heads for name in ("a", "c", "large")] == [False, False, True]
 
 
+def test_heads_are_asked_for_while_another_is_brought_to_its_device() -> None:
+    placing, placed = threading.Event(), threading.Event()
+
+    def place(head: LmHead) -> LmHead:
+        placing.set()
+        assert placed.wait(30)
+        return head
+
+    heads = StudentHeads(place)
+    arriving = threading.Thread(target=lambda: heads.put("arriving", HEAD))
+    arriving.start()
+    assert placing.wait(30)
+    asked = threading.Thread(target=lambda: heads.width_if_here("arriving"))
+    asked.start()
+    asked.join(10)
+    waited = asked.is_alive()
+    placed.set()
+    for thread in (asked, arriving):
+        thread.join(30)
+    assert not waited
+    assert heads.width("arriving") == HEAD.weight_VD.shape[1]
+
+
 def test_heads_that_arrive_share_the_room() -> None:
     heads = StudentHeads(lambda head: head, max_bytes=100)
     with heads.room_for(60):
