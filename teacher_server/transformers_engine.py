@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.utils import logging as transformers_logging
 
 from services.contract.errors import InvalidInputError, UnsupportedError
 from services.contract.sequences import DecodeOptions, LabelOptions, Prompt, TokenSequence
-from services.contract.soft_labels import Array, ScoredSequence
+from services.contract.soft_labels import ScoredSequence
+from services.contract.tensors import Array
 from teacher_server.adapter import merge_adapter
 from teacher_server.batching import DecodeWatch
 from teacher_server.decoding import decode_batch
@@ -51,6 +53,8 @@ class TransformersModel:
         self._device = _device(device)
         on_cpu = self._device.type == "cpu"
         tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
+        # A bar that redraws itself is no line of a log.
+        transformers_logging.disable_progress_bar()
         wanted: Any = _DTYPES.get(dtype, torch.float32 if on_cpu else "auto")
         model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=wanted, trust_remote_code=trust_remote_code)
         if adapter is not None:

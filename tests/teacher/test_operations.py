@@ -25,6 +25,7 @@ from services.contract.sequences import LabelOptions
 from services.contract.settings import Settings
 from services.contract.teacher.v1 import teacher_service_pb2 as pb
 from services.contract.teacher.v1.teacher_service_pb2_grpc import TeacherServiceStub
+from services.models.tiny import make_tiny_model
 from student_trainer.teacher_client import TeacherClient
 from teacher_server.server import TeacherOptions
 from tests.teacher.serving import (
@@ -189,14 +190,16 @@ def teacher_command(*arguments: str, log: Path, **settings: str) -> "subprocess.
 
 def test_logs_are_json_where_asked(tmp_path: Path) -> None:
     port, log = free_port(), tmp_path / "log"
-    process = teacher_command(log=log, SMOOTHKD_LOG_FORMAT="json", SMOOTHKD_TEACHER_PORT=str(port))
+    model = make_tiny_model(tmp_path / "model")
+    arguments = ("--engine", "transformers", "--model", str(model))
+    process = teacher_command(*arguments, log=log, SMOOTHKD_LOG_FORMAT="json", SMOOTHKD_TEACHER_PORT=str(port))
     try:
         with TeacherClient(f"127.0.0.1:{port}", patience_seconds=60) as client, pytest.raises(SmoothKDError):
             list(client.score(long_sequences(1), LabelOptions(encoding="top_k", k=5000)))
     finally:
         process.terminate()
         assert process.wait(30) == 0
-    lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert all({"time", "level", "logger", "message"} <= set(line) for line in lines)
     (refused,) = [line for line in lines if "INVALID_ARGUMENT" in line["message"]]
     assert refused["rpc"] == "ScoreSequences"
