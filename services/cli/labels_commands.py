@@ -63,7 +63,7 @@ def info() -> None:
     for name, value in {
         "directory": cache.directory,
         "sequences": stats.entries,
-        "size": f"{stats.bytes / 1024**3:.2f} of at most {stats.max_bytes / 1024**3:g} GiB",
+        "size": f"{stats.bytes / 1024**2:,.1f} of at most {stats.max_bytes / 1024**2:,.0f} MiB",
         "hits": f"{stats.ever.hits}{share}",
         "evicted": stats.ever.evicted,
         "damaged": stats.ever.damaged,

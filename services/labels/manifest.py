@@ -15,8 +15,8 @@ from safetensors.numpy import save_file
 from services.contract.errors import InvalidInputError
 from services.contract.lm_head import LmHead
 from services.contract.sequences import LabelOptions
-from services.contract.soft_labels import tensor_dtype
 from services.contract.teacher.v1 import teacher_service_pb2 as pb
+from services.contract.tensors import tensor_dtype
 from services.labels.cache import label_key
 
 FORMAT = 1
@@ -83,10 +83,14 @@ def write_manifest(directory: Path, manifest: Manifest, *, head: LmHead | None) 
     digest = ""
     if head is not None:
         unfinished = directory / f".{HEAD}.{os.getpid()}.tmp"
+        # safetensors lets nobody else read what it writes; these files are to be shared as any others.
+        unfinished.touch()
+        readable_as = unfinished.stat().st_mode & 0o777
         tensors = {"weight": head.weight_VD} | ({} if head.bias_V is None else {"bias": head.bias_V})
         save_file(
             tensors, unfinished, metadata={"logit_scale": repr(head.logit_scale), "soft_cap": repr(head.soft_cap)}
         )
+        unfinished.chmod(readable_as)
         digest = _sha256(unfinished)
         os.replace(unfinished, directory / HEAD)
     content = {

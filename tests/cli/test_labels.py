@@ -2,6 +2,7 @@
 
 import os
 import re
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -74,7 +75,11 @@ def test_labels_are_made_once_shared_and_served_elsewhere(
 
     shown = smoothkd("info", **one)
     assert re.search(rf"sequences +{sequences}\n", shown)
-    assert "of at most 20 GiB" in shown
+    size = re.search(r"size +([0-9.]+) of at most 20,480 MiB", shown)
+    assert size
+    files = [file.stat() for file in (tmp_path / "one").rglob("*") if not file.name.startswith("index")]
+    on_disk = sum(file.st_blocks * 512 for file in files if stat.S_ISREG(file.st_mode))
+    assert abs(float(size[1]) - on_disk / 2**20) < 0.06
     assert re.search(r"hits +[1-9]", shown)
 
     assert f"{sequences} of {sequences} sequences put into" in smoothkd("import", str(tmp_path / "files"), **two)

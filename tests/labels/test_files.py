@@ -156,6 +156,7 @@ def test_the_head_comes_back_bit_for_bit(tmp_path: Path) -> None:
     )
     with LabelWriter(tmp_path, manifest(), head=head):
         pass
+    assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1, "all may be read by those who may read one"
     found = LabelFiles(tmp_path).lm_head()
     assert found.weight_VD.dtype == head.weight_VD.dtype
     assert found.weight_VD.tobytes() == head.weight_VD.tobytes()
