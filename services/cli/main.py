@@ -1,5 +1,6 @@
 """The ``smoothkd`` command. Every command imports what it needs when it runs, so that --help answers at once."""
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -64,6 +65,10 @@ def main() -> None:
     # Teacher and student may share a processor: threads that spin while they wait starve the other's. OpenMP reads
     # this when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # What fails is said in an error of the platform's own; gRPC's C++ would say it first, for every attempt.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    # On a processor it warns of a faster kernel that nobody asked for.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app()
     except SmoothKDError as error:

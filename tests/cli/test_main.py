@@ -1,6 +1,7 @@
 """The command line and the documents that speak of it."""
 
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,17 @@ def test_an_absent_api_is_named_with_what_to_do():
     assert "http://127.0.0.1:9" in result.stderr
     assert "smoothkd up" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_taken_port_is_named_and_nothing_else_said():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        settings = {"SMOOTHKD_TEACHER_PORT": str(port), "SMOOTHKD_LABEL_CACHE_GIB": "0"}
+        result = smoothkd("teacher", "--model", "300", "--engine", "mock", **settings)
+    assert result.stderr.splitlines() == [
+        f"error: another process listens on 127.0.0.1:{port}",
+        "  Stop it, or set SMOOTHKD_TEACHER_PORT to a free port.",
+    ]
 
 
 def test_a_setting_that_cannot_be_used_is_named():
