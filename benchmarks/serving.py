@@ -36,7 +36,7 @@ def teacher_process(
         with running(
             [str(python), "-m", "services.cli.main", "teacher", *options],
             environment={**settings, **(environment or {})},
-            is_up=lambda: teacher_problem(Settings(teacher_port=port)) is None,
+            is_up=lambda: teacher_problem(Settings(teacher_address=f"127.0.0.1:{port}")) is None,
         ) as process_id:
             yield f"127.0.0.1:{port}", process_id
 
