@@ -116,7 +116,7 @@ class VllmSource:
             except Exception as error:
                 # vLLM passes on whatever went wrong in its processes as a bare Exception.
                 raise TeacherError(
-                    f"vLLM cannot load the weights in {directory}: {str(error).splitlines()[0]}",
+                    f"vLLM cannot load the weights in {directory}: {_first_line(error)}",
                     fix="The lines above in the teacher's log say why.",
                 ) from error
 
@@ -131,7 +131,7 @@ class VllmSource:
             except Exception as error:
                 # As above.
                 raise TeacherError(
-                    f"vLLM cannot load the adapter in {weights.adapter}: {str(error).splitlines()[0]}",
+                    f"vLLM cannot load the adapter in {weights.adapter}: {_first_line(error)}",
                     fix="Merge it into its base model, and load that.",
                 ) from error
         return lora
@@ -144,6 +144,10 @@ class VllmSource:
                 "at most",
                 fix=f"Start the teacher with --max-lora-rank {rank}, or merge the adapter into its base model.",
             )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _adapter_rank(adapter: Path) -> int:
