@@ -25,6 +25,8 @@ def training_arguments(spec: RunSpec, checkpoints: Path, *, steps: int) -> Train
     micro_batch_size = micro_batch(spec)
     if training.fsdp and processes().num_processes == 1:
         raise SpecError("fsdp shares a model among several processes, and there is one", fix="Set training.processes.")
+    if training.fsdp and training_device().type != "cuda":
+        raise UnsupportedError("fsdp needs GPUs", fix="Remove training.fsdp: processes then share the batch alone.")
     if training.deepspeed and importlib.util.find_spec("deepspeed") is None:
         raise MissingExtraError(
             "training.deepspeed needs DeepSpeed, which is not installed", fix="pip install deepspeed"
@@ -45,7 +47,7 @@ def training_arguments(spec: RunSpec, checkpoints: Path, *, steps: int) -> Train
         fp16=training.precision == "fp16",
         use_cpu=training_device().type == "cpu",
         gradient_checkpointing=training.gradient_checkpointing,
-        fsdp="full_shard" if training.fsdp else None,
+        fsdp=training.fsdp or None,  # type: ignore[arg-type]  # transformers says str, and means bool
         fsdp_config={"version": 2, "reshard_after_forward": True} if training.fsdp else None,
         deepspeed=training.deepspeed,
         save_strategy="steps",

@@ -147,7 +147,7 @@ def loss_at_head(
 
     def in_its_place(hidden_BTD: Tensor) -> Tensor:
         losses.append(loss_of(hidden_BTD))
-        return (losses[0] * 0.0).reshape(1, 1, 1)
+        return losses[0] * 0.0 + losses[0].new_zeros(1, 1, 1)
 
     own = vars(head_layer).get("forward")
     head_layer.forward = in_its_place

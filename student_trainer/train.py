@@ -3,11 +3,12 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
 from services.contract.errors import CancelledError
@@ -89,7 +90,10 @@ def train(
                 f"stopped at step {trainer.state.global_step} of {steps}",
                 fix="Start the same run again to go on from its last checkpoint.",
             )
+        weights = trainer.whole_weights()
         if trainer.is_world_process_zero():
+            if weights is not None:
+                parts = replace(parts, model=_with_weights(weights, spec, parts, settings))
             directory.publish(
                 lambda path: _save(path, spec, parts, history=trainer.state.log_history),
                 before_rename=before_rename,
@@ -184,6 +188,22 @@ def _run(trainer: DistillationTrainer, directory: RunDirectory, spec: RunSpec) -
         log.info("going on from %s", checkpoint)
     with memory_advised(spec, where=lambda: f"at step {trainer.state.global_step + 1}"):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+
+def _with_weights(
+    weights: Mapping[str, Tensor], spec: RunSpec, parts: _Parts, settings: Settings
+) -> PreTrainedModel | PeftModel:
+    """A model of this process's own instead of the one whose weights all share."""
+    objective = parts.objective
+    model = load_student(
+        spec.student,
+        settings,
+        vocab_size=objective.vocab_size,
+        frozen_dtype=objective.matmul_dtype,
+        seed=spec.seed,
+    )
+    model.load_state_dict(weights)
+    return model
 
 
 def _save(path: Path, spec: RunSpec, parts: _Parts, *, history: Sequence[Mapping[str, float]]) -> None:

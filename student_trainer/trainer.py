@@ -141,6 +141,16 @@ class DistillationTrainer(Trainer):
         self._observables.add(sums)
         return sums
 
+    def whole_weights(self) -> dict[str, Tensor] | None:
+        """The weights of a model that processes share, gathered in the first of them; all have to ask.
+
+        None where each process has them all.
+        """
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            return None
+        gathered: dict[str, Tensor] = self.accelerator.get_state_dict(self.model_wrapped)
+        return gathered
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """What the library logs, with both terms, the speed and the wait for labels since the last time."""
         if "loss" in logs:

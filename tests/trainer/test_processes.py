@@ -9,15 +9,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
+from services.contract.errors import CancelledError, DatasetError, SpecError
 from services.contract.settings import Settings
 from services.contract.spec import RunSpec
 from student_trainer.train import train
 
+REPOSITORY = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "services.cli.main", "train"]
 
 
@@ -71,14 +74,13 @@ def newest_step(out: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fsdp", [False, True])
 def test_a_run_of_two_processes_trains_what_one_does(
-    fsdp: bool, make_run: Callable[..., RunSpec], kd_settings: Settings, records_file: Path, tmp_path: Path
+    make_run: Callable[..., RunSpec], kd_settings: Settings, records_file: Path, tmp_path: Path
 ) -> None:
-    """From the specification alone; on the CPU, with gradients, or also weights and optimizer, shared through gloo."""
+    """From the specification alone; on the CPU, with gradients shared through gloo."""
     shared = {"dataset": {"path": str(records_file), "limit": 8}, "alpha": 1.0}
     alone = load_file(train(make_run(**shared), out=tmp_path / "alone", settings=kd_settings) / "model.safetensors")
-    spec = make_run(**shared, training={"processes": 2, "fsdp": fsdp, "held_out": 0, "checkpoint_steps": 3})
+    spec = make_run(**shared, training={"processes": 2, "checkpoint_steps": 3})
     run_file = tmp_path / "run.yaml"
     run_file.write_text(yaml.safe_dump(spec.model_dump(mode="json")))
     done = subprocess.run(
@@ -93,6 +95,82 @@ def test_a_run_of_two_processes_trains_what_one_does(
     assert together.keys() == alone.keys()
     for name, tensor in alone.items():
         torch.testing.assert_close(together[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+def test_the_loss_is_right_with_weights_that_processes_share() -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+            *("-m", "tests.trainer.sharded_loss"),
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("the same gradients") == 2
+
+
+def test_sharing_weights_without_gpus_or_processes_is_refused(
+    make_run: Callable[..., RunSpec], settings: Settings, tmp_path: Path
+) -> None:
+    with pytest.raises(SpecError, match="among several processes"):
+        train(make_run(training={"fsdp": True}), out=tmp_path / "run", settings=settings)
+
+
+@pytest.mark.slow
+def test_an_error_in_a_process_of_several_is_the_run_s_error(
+    make_run: Callable[..., RunSpec], settings: Settings, tmp_path: Path
+) -> None:
+    spec = make_run(training={"processes": 2}, dataset={"path": str(tmp_path / "none.jsonl")})
+    run_file = tmp_path / "run.yaml"
+    run_file.write_text(yaml.safe_dump(spec.model_dump(mode="json")))
+    done = subprocess.run(
+        [*COMMAND, str(run_file), "--out", str(tmp_path / "run")],
+        env=environment(settings),
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == DatasetError.exit_code
+    assert done.stderr.rstrip().splitlines()[-2].startswith("error: ")
+    assert "none.jsonl" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_stop_reaches_all_processes_which_go_on_later(
+    make_run: Callable[..., RunSpec], settings: Settings, tmp_path: Path
+) -> None:
+    """SIGTERM saves a checkpoint of one step for all; SIGKILL of whoever waits for them leaves none behind."""
+    spec = make_run(training={"processes": 2, "epochs": 200})
+    run_file, out = tmp_path / "run.yaml", tmp_path / "run"
+    run_file.write_text(yaml.safe_dump(spec.model_dump(mode="json")))
+    command = [*COMMAND, str(run_file), "--out", str(out)]
+
+    def start() -> tuple[subprocess.Popen[bytes], list[psutil.Process]]:
+        process = subprocess.Popen(
+            command, env=environment(settings), stdout=subprocess.DEVNULL, stderr=(tmp_path / "log").open("ab")
+        )
+        deadline = time.monotonic() + 120
+        while not (out / "run.yaml").exists() or len(psutil.Process(process.pid).children(recursive=True)) < 3:
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline
+        return process, psutil.Process(process.pid).children(recursive=True)
+
+    process, family = start()
+    process.terminate()
+    assert process.wait(120) == CancelledError.exit_code, (tmp_path / "log").read_text()
+    (checkpoint,) = out.glob("checkpoints/checkpoint-*")
+    assert {"whole.json", "rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in checkpoint.iterdir()}
+    assert not psutil.wait_procs(family, timeout=30)[1]
+
+    process, family = start()
+    process.kill()
+    process.wait()
+    assert not psutil.wait_procs(family, timeout=30)[1]
 
 
 @pytest.mark.slow
