@@ -100,6 +100,10 @@ class Settings(BaseSettings):
     max_attempts: int = Field(default=3, ge=1, description="Attempts of a stage whose worker or process died.")
     offline: bool = Field(default=False, description="Never contact a model or data hub.")
 
+    def __hash__(self) -> int:
+        # What is loaded once is remembered by its settings, and a mapping among them has no hash of its own.
+        return hash(self.model_dump_json())
+
     @property
     def resolved_database_url(self) -> str:
         return self.database_url or f"sqlite:///{self.data_dir.absolute() / 'smoothkd.db'}"
