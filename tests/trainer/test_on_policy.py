@@ -229,6 +229,22 @@ def test_runs_mix_both_kinds_of_steps(packing: bool, make_run: MakeRun, kd_setti
         assert not on_policy or 1 <= metrics["decoded_tokens"] <= 8
 
 
+def test_adapters_under_mixed_precision_and_gradient_checkpointing_decode_too(
+    make_run: MakeRun, kd_settings: Settings, student_model: Path, tmp_path: Path
+) -> None:
+    points: list[MetricPoint] = []
+    spec = make_run(
+        alpha=1.0,
+        student={"model": str(student_model), "lora": {"rank": 4}},
+        distillation={"on_policy": {"fraction": 1.0, "max_new_tokens": 8}},
+        training={"precision": "bf16", "gradient_checkpointing": True, "micro_batch_size": 4},
+    )
+    train(spec, out=tmp_path / "run", settings=kd_settings, on_metrics=points.extend)
+    soft = [point.value for point in points if point.name == "soft_loss"]
+    assert len(soft) == 6
+    assert soft[-1] < soft[0]
+
+
 def test_an_interrupted_run_decodes_and_learns_the_same_bits(
     make_run: MakeRun, settings: Settings, mock_address: str, student_model: Path, tmp_path: Path
 ) -> None:
