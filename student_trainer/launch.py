@@ -18,6 +18,9 @@ GRACE_SECONDS = 60.0
 REPORT_FILE = "SMOOTHKD_RANK_PROBLEM_FILE"
 """Environment variable: where the first process that fails says why."""
 
+AGENT_PID = "SMOOTHKD_RANK_PARENT"
+"""Environment variable: torch's launcher, with which its processes are to end."""
+
 
 def in_processes(work: Callable[[], None], *, command: Sequence[str], processes: int) -> None:
     """Do ``work`` here, or have ``python -m COMMAND``, which leads here again, do it in so many processes together.
@@ -27,7 +30,8 @@ def in_processes(work: Callable[[], None], *, command: Sequence[str], processes:
     when this process does, however it does.
     """
     if REPORT_FILE in os.environ:
-        die_with_parent(os.getppid())
+        # By its number, for it may have ended while this process was loading.
+        die_with_parent(int(os.environ[AGENT_PID]))
         _report_failure(work)
     elif processes == 1 or "RANK" in os.environ:
         work()
@@ -86,6 +90,7 @@ def _run_agent(processes: int, command: Sequence[str]) -> None:
     from torch.distributed.run import main
 
     # Torch says where each process failed, over many lines; the processes themselves have said why.
+    os.environ[AGENT_PID] = str(os.getpid())
     main(["--standalone", f"--nproc-per-node={processes}", "--max-restarts=0", "-m", *command])
 
 

@@ -151,9 +151,8 @@ def test_a_stop_reaches_all_processes_which_go_on_later(
     command = [*COMMAND, str(run_file), "--out", str(out)]
 
     def start() -> tuple[subprocess.Popen[bytes], list[psutil.Process]]:
-        process = subprocess.Popen(
-            command, env=environment(settings), stdout=subprocess.DEVNULL, stderr=(tmp_path / "log").open("ab")
-        )
+        with (tmp_path / "log").open("ab") as log:
+            process = subprocess.Popen(command, env=environment(settings), stdout=subprocess.DEVNULL, stderr=log)
         deadline = time.monotonic() + 120
         while not (out / "run.yaml").exists() or len(psutil.Process(process.pid).children(recursive=True)) < 3:
             assert process.poll() is None, (tmp_path / "log").read_text()
