@@ -7,7 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
-from services.contract.errors import CancelledError, HandshakeError, OverloadedError, TeacherUnavailableError
+from services.contract.errors import (
+    CancelledError,
+    HandshakeError,
+    InvalidInputError,
+    OverloadedError,
+    SmoothKDError,
+    TeacherUnavailableError,
+)
 from services.contract.teacher.v1 import teacher_service_pb2 as pb
 from services.contract.teacher.v1.teacher_service_pb2_grpc import TeacherServiceStub
 from services.contract.teacher_channel import TeacherAccess, open_replica_channels
@@ -31,17 +38,18 @@ def load_on_every_replica(
 ) -> pb.LoadModelResponse:
     """What the replicas behind ``address`` serve from now on; ``model`` empty is what they were started with.
 
-    Waits while students use a teacher that was loaded a moment ago. Raises what a replica says against the weights,
-    HandshakeError where replicas differ in them, TeacherUnavailableError when none answers, CancelledError once
+    Waits while students use a teacher that was loaded a moment ago. One that does not answer, or refuses the weights
+    that others serve, is passed over with a warning. Raises what replicas say against the weights where all refuse
+    them, HandshakeError where replicas differ in them, TeacherUnavailableError when none answers, CancelledError once
     ``closed`` is set.
     """
     channels = open_replica_channels(address, access=access)
     seconds = patience_seconds if len(channels) == 1 else min(patience_seconds, ABSENT_SECONDS)
 
-    def load(channel: grpc.Channel) -> pb.LoadModelResponse | TeacherUnavailableError:
+    def load(channel: grpc.Channel) -> pb.LoadModelResponse | SmoothKDError:
         try:
             return _load(channel, model, address=address, patience_seconds=seconds, closed=closed)
-        except TeacherUnavailableError as error:
+        except (TeacherUnavailableError, HandshakeError, InvalidInputError) as error:
             return error
 
     try:
@@ -52,8 +60,11 @@ def load_on_every_replica(
             channel.close()
     absent = [answer for answer in answers if isinstance(answer, TeacherUnavailableError)]
     served = [answer for answer in answers if isinstance(answer, pb.LoadModelResponse)]
+    refused = [answer for answer in answers if isinstance(answer, HandshakeError | InvalidInputError)]
     if not served:
-        raise absent[0]
+        raise (refused or absent)[0]
+    for refusal in refused:
+        log.warning("going on without the replica %s: %s", refusal.details.get("replica", "that says"), refusal.what)
     if absent:
         log.warning("%d of %d teacher replicas do not answer; the others serve %s", len(absent), len(answers), model)
     if len({answer.fingerprint for answer in served}) > 1:

@@ -141,6 +141,22 @@ def test_a_replica_with_other_weights_is_passed_over(caplog: pytest.LogCaptureFi
     assert "serves 301, not 300" in warning
 
 
+def test_a_replica_that_refuses_the_weights_is_passed_over(caplog: pytest.LogCaptureFixture) -> None:
+    with (
+        running_teacher(mock(300)) as right,
+        running_teacher(mock(301)) as wrong,
+        TeacherClient(f"{right},{wrong}", patience_seconds=30) as client,
+    ):
+        assert client.load_model("300") == "300"
+        port = wrong.rpartition(":")[2]
+        assert f"going on without the replica {socket.gethostname()}:{port}: " in caplog.text
+        for _ in range(5):
+            scored = list(client.score(long_sequences(3), LabelOptions()))
+            assert sorted(answer.id for answer in scored) == ["s0", "s1", "s2"]
+        with pytest.raises(InvalidInputError, match="sees no directory"):
+            client.load_model("nowhere")
+
+
 def test_only_replicas_with_other_weights_end_in_that_error() -> None:
     with running_teacher(mock(300)) as right, TeacherClient(right) as knows:
         info = knows.describe()
