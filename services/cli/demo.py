@@ -11,7 +11,7 @@ from services.cli import sweep_views
 from services.cli.supervisor import Supervisor
 from services.cli.up import dashboard_url, running_platform, serve_until_stopped
 from services.contract.api_client import ApiClient
-from services.contract.errors import ModelNotFoundError
+from services.contract.errors import ApiUnavailableError, ModelNotFoundError
 from services.contract.settings import Settings
 from services.contract.shipped import shipped_sweep
 from services.contract.spec_reading import load_sweep
@@ -20,6 +20,9 @@ from services.models.minilm import NAME as MINILM
 from services.models.minilm import encoder_directory
 
 console = Console()
+
+PATIENCE_SECONDS = 300.0
+"""How long the API may stay away before the demo gives up."""
 
 
 def run_demo(settings: Settings, *, sweep_file: Path | None, leave: bool) -> int:
@@ -66,7 +69,16 @@ def _fetch_encoder(settings: Settings) -> None:
 def _follow(api: ApiClient, sweep_id: str, supervisor: Supervisor) -> None:
     with sweep_views.progress_bars() as bars:
         tasks: dict[str, TaskID] = {}
-        while not sweep_views.show_progress(bars, tasks, api.all_runs(sweep_id)):
+        heard = time.monotonic()
+        while True:
+            try:
+                if sweep_views.show_progress(bars, tasks, api.all_runs(sweep_id)):
+                    return
+                heard = time.monotonic()
+            except ApiUnavailableError:
+                # A busy machine answers late, and an API that ended is started again below.
+                if time.monotonic() - heard > PATIENCE_SECONDS:
+                    raise
             for name in supervisor.restart_ended():
                 console.print(f"{name} ended and was started again")
             time.sleep(1)
