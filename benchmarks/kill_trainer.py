@@ -120,13 +120,13 @@ class Trainer:
         return time.monotonic() - begun
 
     def kill(self, out: Path, *, after_seconds: float) -> bool:
-        """Whether the process was still at work when its moment came; otherwise its directory is moved away."""
+        """Whether the final model was still to come when the moment came; otherwise its directory is moved away."""
         process = self._start(out)
         self._wait_until_begun(process, out)
         time.sleep(after_seconds)
-        at_work = process.poll() is None
         process.kill()
         process.wait()
+        at_work = not (out / "model").exists()
         if not at_work:
             out.rename(out.with_name(f"{out.name}-too-late-{time.monotonic_ns()}"))
         return at_work
