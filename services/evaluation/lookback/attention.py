@@ -32,6 +32,10 @@ WEIGHTS_AT_A_TIME = 2**23
 """Attention weights that exist at once: 32 MiB in float32."""
 
 
+_ROOM = 256
+"""Steps that room is made for at first."""
+
+
 class LookbackRecorder:
     """Adds up attention on context and on new tokens while a model runs.
 
@@ -44,7 +48,8 @@ class LookbackRecorder:
         self.tail = tail
         self._skipped = 0
         self._seen: dict[int, int] = {}
-        self._masses: dict[int, list[Tensor]] = {}
+        self._masses: dict[int, Tensor] = {}
+        self._measured: dict[int, int] = {}
 
     def skip(self, positions: int) -> None:
         """Start after positions that a cache already holds."""
@@ -60,11 +65,23 @@ class LookbackRecorder:
         return self._seen[layer]
 
     def add(self, layer: int, masses_BHQ2: Tensor) -> None:
-        self._masses.setdefault(layer, []).append(masses_BHQ2)
+        """Keep a forward pass's masses of one layer."""
+        start = self._measured.get(layer, 0)
+        end = self._measured[layer] = start + masses_BHQ2.shape[2]
+        kept_BHC2 = self._masses.get(layer)
+        # In room made ahead: thousands of small tensors between the growing ones of the key-value cache would keep the
+        # allocator from using freed memory again, and a long prompt's answers would take gigabytes.
+        if kept_BHC2 is None or end > kept_BHC2.shape[2]:
+            room = max(_ROOM, end if kept_BHC2 is None else 2 * end)
+            roomier_BHC2 = masses_BHQ2.new_empty(*masses_BHQ2.shape[:2], room, 2)
+            if kept_BHC2 is not None:
+                roomier_BHC2[:, :, :start] = kept_BHC2[:, :, :start]
+            kept_BHC2 = self._masses[layer] = roomier_BHC2
+        kept_BHC2[:, :, start:end] = masses_BHQ2
 
     def collect(self) -> Tensor:
         """Attention masses (B, T, L, H, 2) of every measured query, in layer order, on the CPU."""
-        layers = [torch.cat(self._masses[layer], dim=2) for layer in sorted(self._masses)]
+        layers = [self._masses[layer][:, :, : self._measured[layer]] for layer in sorted(self._masses)]
         if len({layer_BHT2.shape[1] for layer_BHT2 in layers}) != 1:
             raise UnsupportedError(
                 "the model's layers differ in their number of attention heads, or have none",

@@ -143,3 +143,16 @@ def test_learned_positions_count_without_the_padding() -> None:
     model = GPT2LMHeadModel(config).eval()
     for (prompt, answer), ratios in zip(pairs(), measure_padded(model, pairs()), strict=True):
         torch.testing.assert_close(ratios, eager_ratios(model, prompt, answer), atol=1e-5, rtol=0)
+
+
+def test_steps_are_kept_in_room_made_ahead() -> None:
+    draws = torch.Generator().manual_seed(3)
+    recorder = LookbackRecorder(torch.ones(2, 900, dtype=torch.bool))
+    steps = [torch.rand(2, 3, queries, 2, generator=draws) for queries in (5, *[1] * 700)]
+    storages = set()
+    for step in steps:
+        recorder.add(0, step)
+        storages.add(recorder._masses[0].data_ptr())
+    torch.testing.assert_close(recorder.collect(), torch.cat(steps, dim=2).permute(0, 2, 1, 3)[:, :, None])
+    # One small tensor per step would break up the memory that the key-value cache gives back.
+    assert len(storages) <= 4
