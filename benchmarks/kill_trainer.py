@@ -27,7 +27,7 @@ from services.contract.spec_reading import parse_run
 from services.models.tiny import make_tiny_model
 
 RECORDS = 80
-EPOCHS = 3
+EPOCHS = 10
 CHECKPOINT_STEPS = 3
 PATIENCE_SECONDS = 300
 
@@ -112,17 +112,19 @@ class Trainer:
         }
 
     def measure(self, out: Path) -> float:
-        """Seconds from the end of start-up to the end of an undisturbed run."""
+        """Seconds from the end of start-up until an undisturbed run's model is there."""
         process = self._start(out)
-        self._wait_until_begun(process, out)
+        self._wait_for(out / "run.yaml", process)
         begun = time.monotonic()
+        self._wait_for(out / "model", process)
+        seconds = time.monotonic() - begun
         self._require_success(process)
-        return time.monotonic() - begun
+        return seconds
 
     def kill(self, out: Path, *, after_seconds: float) -> bool:
         """Whether the final model was still to come when the moment came; otherwise its directory is moved away."""
         process = self._start(out)
-        self._wait_until_begun(process, out)
+        self._wait_for(out / "run.yaml", process)
         time.sleep(after_seconds)
         process.kill()
         process.wait()
@@ -140,12 +142,12 @@ class Trainer:
         with self._log.open("wb") as log:
             return subprocess.Popen(command, cwd=REPOSITORY, env=self._environment, stdout=log, stderr=log)
 
-    def _wait_until_begun(self, process: subprocess.Popen[bytes], out: Path) -> None:
+    def _wait_for(self, path: Path, process: subprocess.Popen[bytes]) -> None:
         deadline = time.monotonic() + PATIENCE_SECONDS
-        while not (out / "run.yaml").exists():
+        while not path.exists():
             if process.poll() is not None or time.monotonic() > deadline:
                 process.kill()
-                raise SystemExit(f"the trainer did not begin:\n{self._log.read_text()[-3000:]}")
+                raise SystemExit(f"the trainer made no {path.name}:\n{self._log.read_text()[-3000:]}")
             time.sleep(0.01)
 
     def _require_success(self, process: subprocess.Popen[bytes]) -> None:
