@@ -1,6 +1,5 @@
 """Requests, read and checked as a whole before anything is computed for them."""
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,6 +25,8 @@ MAX_ID_CHARACTERS = 200
 MAX_PROBE_TEXTS = 64
 MAX_PROBE_CHARACTERS = 4096
 MAX_STOP_TOKENS = 64
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 1e3
+"""Beyond these, logits divided by the temperature overflow or no longer differ."""
 
 _ENVELOPE_BYTES = 64 * 1024
 _ENCODINGS: dict[int, Encoding] = {number: name for name, number in WIRE_ENCODINGS.items()}
@@ -108,8 +109,11 @@ def read_generate_request(
         raise UnsupportedError(f"this teacher ({card.engine}) does not generate", fix="Start one that does.")
     if request.max_new_tokens < 1:
         raise InvalidInputError("max_new_tokens is 0", fix="Ask for at least 1 token.")
-    if not (math.isfinite(request.temperature) and request.temperature >= 0):
-        raise InvalidInputError(f"temperature {request.temperature} is not a number of at least 0", fix="0 is greedy.")
+    if request.temperature != 0 and not MIN_TEMPERATURE <= request.temperature <= MAX_TEMPERATURE:
+        raise InvalidInputError(
+            f"temperature {request.temperature} is neither 0 nor from {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}",
+            fix="0 is greedy.",
+        )
     if len(request.stop_token_ids) > MAX_STOP_TOKENS:
         raise LimitExceededError(f"more than {MAX_STOP_TOKENS} stop tokens", fix="Name fewer.")
     stop_ids = np.array(request.stop_token_ids, dtype=np.int64)
@@ -144,9 +148,10 @@ def _read_label_options(message: pb.LabelOptions) -> LabelOptions:
         )
     _check_what_goes_together(message, encoding)
     temperature = message.temperature or 1.0
-    if not (math.isfinite(temperature) and temperature > 0):
+    if not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
         raise InvalidInputError(
-            f"temperature {temperature} is not a number above 0", fix="1 leaves logits as they are."
+            f"temperature {temperature} is not from {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}",
+            fix="1 leaves logits as they are.",
         )
     if encoding == "top_k":
         _check_count("k", message.k, most=MAX_K, fix=f"top_k labels keep 1 to {MAX_K} tokens.")

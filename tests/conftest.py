@@ -3,9 +3,11 @@
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -19,6 +21,23 @@ hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
 
 REPOSITORY = Path(__file__).parents[1]
+
+_own_tie_weights: list[Any] = []
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """While transformers loads a model it takes ``tie_weights`` away from all of them; two threads that load at once,
+    a test and the server it started, may leave it so, and every later model with tied weights would be wrong.
+    """
+    modeling = sys.modules.get("transformers.modeling_utils")
+    if modeling is None:
+        return
+    found = modeling.PreTrainedModel.tie_weights
+    if found.__name__ == "tie_weights":
+        _own_tie_weights[:] = [found]
+    elif _own_tie_weights:
+        modeling.PreTrainedModel.tie_weights = _own_tie_weights[0]
 
 
 @pytest.fixture(scope="session")

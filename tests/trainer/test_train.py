@@ -65,10 +65,15 @@ def test_distillation_brings_the_student_to_the_teacher(
         "loss",
         "hard_loss",
         "soft_loss",
+        "student_entropy",
+        "teacher_entropy",
+        "agreement",
         "learning_rate",
         "grad_norm",
         "tokens_per_second",
         "label_wait_seconds",
+        "label_cache_hits",
+        "peak_memory_gib",
         "epoch",
     }
     assert [p.step for p in points if p.name == "loss"] == list(range(1, 37))
