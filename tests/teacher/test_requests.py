@@ -133,6 +133,13 @@ REFUSED = {
     "an empty prompt": (generate(pb.GeneratePrompt(id="a")), INVALID, "invalid_input", "no tokens"),
     "no new tokens": (generate(max_new_tokens=0), INVALID, "invalid_input", "max_new_tokens"),
     "prompt and new tokens too long": (generate(max_new_tokens=MAX_LENGTH), INVALID, "limit_exceeded", "2 tokens"),
+    "temperature that overflows": (generate(temperature=1e-300), INVALID, "invalid_input", "temperature 1e-300"),
+    "label temperature that overflows": (
+        score(options=top_k(k=1, temperature=1e-300)),
+        INVALID,
+        "invalid_input",
+        "temperature 1e-300",
+    ),
     "infinite temperature": (generate(temperature=math.inf), INVALID, "invalid_input", "temperature inf"),
     "a stop token beyond": (generate(stop_token_ids=[VOCAB]), INVALID, "invalid_input", "stop_token_ids"),
     "too many stop tokens": (generate(stop_token_ids=[1] * 65), INVALID, "limit_exceeded", "64 stop tokens"),
