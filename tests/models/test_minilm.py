@@ -11,7 +11,7 @@ from services.models.resolve import resolve_model
 
 
 def test_an_offline_machine_without_it_downloads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.models.minilm._installed_archive", lambda: None)
+    monkeypatch.setattr("services.models.minilm.installed_file", lambda *_, **__: None)
     monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("something was downloaded"))
     with pytest.raises(ModelNotFoundError, match="set to be offline"):
         resolve_model("all-minilm-l6-v2", settings=Settings(data_dir=tmp_path, offline=True))
@@ -19,7 +19,7 @@ def test_an_offline_machine_without_it_downloads_nothing(tmp_path: Path, monkeyp
 
 def test_an_unreachable_index_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Real pip, told to look where nobody answers."""
-    monkeypatch.setattr("services.models.minilm._installed_archive", lambda: None)
+    monkeypatch.setattr("services.models.minilm.installed_file", lambda *_, **__: None)
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(ModelNotFoundError, match="pip could not download"):

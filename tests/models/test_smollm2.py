@@ -103,7 +103,7 @@ def test_a_damaged_copy_is_noticed_and_replaced(tmp_path: Path, monkeypatch: pyt
 def test_a_wrong_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forged = tmp_path / "forged.gguf"
     forged.write_bytes(b"GGUF")
-    monkeypatch.setattr(smollm2_module, "_installed_gguf", lambda: forged)
+    monkeypatch.setattr(smollm2_module, "installed_file", lambda *_, **__: forged)
     with pytest.raises(ModelNotFoundError, match=r"forged.gguf has SHA-256 \w{64}, not b179c9"):
         resolve_model("smollm2-135m-instruct", settings=Settings(data_dir=tmp_path / "data", offline=True))
     assert [entry.name for entry in (tmp_path / "data" / "models").iterdir()] == [".smollm2-135m-instruct.lock"]
