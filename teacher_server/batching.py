@@ -21,8 +21,9 @@ from teacher_server.student_heads import StudentHeads
 
 logger = logging.getLogger(__name__)
 
-BATCHES_AHEAD = 4
-"""Batches' worth of work that an engine is given at a time: enough to find sequences of like length in."""
+BATCHES_AHEAD = 2
+"""Batches' worth of work that an engine is given at a time: enough to find sequences of like length in, and little
+enough that a client who comes later does not wait long behind what nobody can take back."""
 
 _LEAST_USEFUL = 0.75
 """Share of a score batch that must be real tokens rather than padding."""

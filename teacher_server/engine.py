@@ -1,5 +1,6 @@
 """What the server asks of an engine, and what an engine tells about its model. Engines differ in what computes."""
 
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -9,6 +10,9 @@ from services.contract.sequences import Continuation, DecodeOptions, LabelOption
 from services.contract.soft_labels import ScoredSequence
 from services.contract.tensors import Array
 from teacher_server.student_heads import StudentHeads
+
+ENGINE_FAILED = signal.SIGUSR1
+"""What an engine sends its own process when only a new one can compute again: the server drains and fails."""
 
 MAX_K = 1024
 """Largest k of top-k labels."""

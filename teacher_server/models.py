@@ -6,7 +6,6 @@ A request belongs to the weights that it began with: it ends on them, or in an e
 import asyncio
 import logging
 import os
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from services.contract.errors import (
 )
 from services.contract.settings import Settings
 from teacher_server.determinism import determinism_spread
-from teacher_server.engine import Engine, TeacherCard
+from teacher_server.engine import ENGINE_FAILED, Engine, TeacherCard
 from teacher_server.engines import EngineSource, engine_source
 from teacher_server.former import FormerEngine
 from teacher_server.in_thread import in_daemon_thread
@@ -158,10 +157,13 @@ class Models:
         try:
             restored = await self._checked(source, before.weights)
             if restored.checked.card.fingerprint != before.card.fingerprint:
-                raise TeacherError(f"the files of {before.card.model} have changed since they were loaded")
+                raise TeacherError(
+                    f"the files of {before.card.model} have changed since they were loaded",
+                    fix="Start the teacher again; write other weights to another directory.",
+                )
         except Exception:
             logger.critical("the former weights cannot be loaded again; ending so that the supervisor starts anew")
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), ENGINE_FAILED)
             raise
         self._replace(restored)
 

@@ -12,6 +12,7 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from services.contract.errors import TeacherError
 from services.contract.hosts import bind_error
 from services.contract.settings import Settings
 from services.contract.soft_labels import MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES
@@ -21,6 +22,7 @@ from services.logs import configure_logging
 from services.telemetry import start_telemetry
 from teacher_server.admission import Admission
 from teacher_server.calls import CallObserver
+from teacher_server.engine import ENGINE_FAILED
 from teacher_server.metrics import TeacherMetrics
 from teacher_server.models import Models
 from teacher_server.options import TeacherOptions
@@ -48,7 +50,7 @@ def serve(settings: Settings, options: TeacherOptions) -> None:
 
     PortInUseError when the port is taken; AuthenticationError when other machines could use the teacher without a
     token; the model's own errors when it cannot be loaded; TeacherError when the labels would not be the model's
-    distribution.
+    distribution, or when what computes has failed for good: the status tells supervisors that restart on failure.
     """
     configure_logging(settings.log_format, levels={"": "WARNING", "teacher_server": "INFO"})
     start_telemetry("smoothkd-teacher")
@@ -121,15 +123,22 @@ def open_label_cache(settings: Settings) -> LabelCache | None:
 
 
 async def _serve_until_signal(settings: Settings, options: TeacherOptions) -> None:
-    stop, hurry = asyncio.Event(), asyncio.Event()
+    stop, hurry, failed = asyncio.Event(), asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
 
     def on_signal() -> None:
         (hurry if stop.is_set() else stop).set()
 
+    def on_failure() -> None:
+        failed.set()
+        stop.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
+    loop.add_signal_handler(ENGINE_FAILED, on_failure)
     await run_server(settings, options, stop=stop, hurry=hurry)
+    if failed.is_set():
+        raise TeacherError("the teacher's engine has failed", fix="Its log says why; start the teacher again.")
     logger.info("stopped")
 
 

@@ -61,7 +61,7 @@ class TransformersModel:
             model = merge_adapter(model, adapter)
         self._model = _in_own_memory(model.to(self._device)).eval()
         # Small batches keep a CPU responsive; a GPU needs large ones to be busy.
-        self.max_batch_tokens = 2_048 if on_cpu else 16_384
+        self.max_batch_tokens = 1_024 if on_cpu else 16_384
         self._tokenize = tokenizer.encode
         self._torch_head = TorchHead(self._model, vocab_size=tokenizer.vocab_size)
         self.head = self._torch_head.to_numpy()

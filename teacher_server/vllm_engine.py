@@ -8,7 +8,6 @@ Shape suffixes: T tokens, N label positions, D hidden size, V vocabulary.
 import asyncio
 import logging
 import os
-import signal
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,7 @@ from services.contract.soft_labels import ScoredSequence, hash_sequence
 from services.contract.tensors import Array
 from teacher_server.adapter import merge_adapter
 from teacher_server.checkpoint_head import load_checkpoint_head
-from teacher_server.engine import BatchReport, Capacity, TeacherCard
+from teacher_server.engine import ENGINE_FAILED, BatchReport, Capacity, TeacherCard
 from teacher_server.fingerprint import fingerprint_model
 from teacher_server.student_heads import StudentHeads
 from teacher_server.tokenizer import load_tokenizer, stop_token_ids
@@ -39,7 +38,7 @@ class VllmEngine:
     """An Engine around vLLM's AsyncLLM for one set of weights, which its processes hold while this is in use.
 
     ``generator`` None does not decode; ``lora`` is vLLM's request for the weights' adapter. When vLLM's processes die,
-    this process ends itself with SIGTERM for its supervisor to start it again.
+    this process ends in an error for its supervisor to start it again.
     """
 
     def __init__(
@@ -181,7 +180,7 @@ class VllmEngine:
                     last = output
         except EngineDeadError:
             logger.critical("vLLM's engine has died; ending so that the supervisor starts this teacher again")
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), ENGINE_FAILED)
             raise TeacherUnavailableError(
                 "the teacher's engine has died", fix="The teacher restarts; ask again in a while."
             ) from None

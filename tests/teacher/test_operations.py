@@ -27,6 +27,7 @@ from services.contract.teacher.v1 import teacher_service_pb2 as pb
 from services.contract.teacher.v1.teacher_service_pb2_grpc import TeacherServiceStub
 from services.models.tiny import make_tiny_model
 from student_trainer.teacher_client import TeacherClient
+from teacher_server.engine import ENGINE_FAILED
 from teacher_server.server import TeacherOptions
 from tests.teacher.serving import (
     REPOSITORY,
@@ -253,3 +254,16 @@ def test_what_does_not_finish_is_cancelled(drain_seconds: float, signals: int, t
         client.close()
         with pytest.raises(SmoothKDError):
             reading.result(10)
+
+
+def test_an_engine_that_fails_for_good_ends_the_process_in_an_error(tmp_path: Path) -> None:
+    port = free_port()
+    options = {"model": "300", "engine": "mock", "port": port}
+    with (
+        teacher_process(options, log=tmp_path / "log") as process,
+        TeacherClient(f"127.0.0.1:{port}", patience_seconds=60) as client,
+    ):
+        client.describe()
+        process.send_signal(ENGINE_FAILED)
+        assert process.wait(20) != 0
+    assert "TeacherError: the teacher's engine has failed" in (tmp_path / "log").read_text()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from services.contract.errors import InvalidInputError
+from services.contract.errors import InvalidInputError, TeacherError
 from services.contract.sequences import DecodeOptions, LabelOptions, Prompt, TokenSequence
 from services.contract.soft_labels import checked_positions
 from student_trainer.teacher_client import TeacherClient
@@ -170,7 +170,7 @@ def test_greedy_continuations_are_those_of_transformers(smollm2, tmp_path):
         ).kill()
         with TeacherClient(served.address, patience_seconds=1) as client, pytest.raises(Exception, match="teacher"):
             list(client.score([TokenSequence(id="x", token_ids=[1, 2], label_positions=[1])], LabelOptions()))
-        served.process.wait(60)
+        assert served.process.wait(60) == TeacherError.exit_code
         psutil.wait_procs(engine, timeout=30)
         assert not [child for child in engine if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
     finally:
