@@ -23,6 +23,7 @@ from student_trainer.file_labels import FileLabels, teacher_in_files
 from student_trainer.labels import LabelPrefetcher
 from student_trainer.memory import memory_advised
 from student_trainer.on_policy import OnPolicy, stop_tokens
+from student_trainer.output_head import OutputHead
 from student_trainer.packing import pack, require_packable
 from student_trainer.progress import Progress
 from student_trainer.run_directory import RunDirectory, spec_text, write_whole
@@ -90,14 +91,7 @@ def train(
                 f"stopped at step {trainer.state.global_step} of {steps}",
                 fix="Start the same run again to go on from its last checkpoint.",
             )
-        weights = trainer.whole_weights()
-        if trainer.is_world_process_zero():
-            if weights is not None:
-                parts = replace(parts, model=_with_weights(weights, spec, parts, settings))
-            directory.publish(
-                lambda path: _save(path, spec, parts, history=trainer.state.log_history),
-                before_rename=before_rename,
-            )
+        _publish(trainer, directory, spec, parts=parts, settings=settings, before_rename=before_rename)
     return directory.model
 
 
@@ -117,12 +111,7 @@ def _prepared(spec: RunSpec, settings: Settings, stopping: Callable[[], bool]) -
     dtype = MATMUL_DTYPES[spec.training.precision]
     with ExitStack() as stack:
         tokenizer = load_tokenizer(spec.student, settings)
-        teachers: list[Teacher] = []
-        if spec.alpha > 0:
-            if spec.distillation.labels.path:
-                teachers = [teacher_in_files(spec, tokenizer=tokenizer, settings=settings)]
-            else:
-                teachers = connect_teachers(spec, tokenizer=tokenizer, settings=settings)
+        teachers = _teachers(spec, tokenizer, settings)
         for teacher in teachers:
             stack.callback(teacher.source.close)
         teacher_max_length = min((teacher.info.max_length for teacher in teachers), default=None)
@@ -151,34 +140,75 @@ def _prepared(spec: RunSpec, settings: Settings, stopping: Callable[[], bool]) -
             sources, options = [teacher.source for teacher in teachers], teachers[0].options
             labels = stack.enter_context(LabelPrefetcher(*sources, options=options, should_stop=stopping))
             if spec.distillation.on_policy:
+                max_length = longest_example(spec, settings=settings, teacher_max_length=teacher_max_length)
                 on_policy = OnPolicy(
                     spec=spec.distillation.on_policy,
                     seed=spec.seed,
                     vocab_size=vocab_size,
-                    max_length=longest_example(spec, settings=settings, teacher_max_length=teacher_max_length),
+                    max_length=max_length,
                     stop_ids=stop_tokens(model, tokenizer),
                 )
-        objective = Objective(
-            vocab_size=vocab_size,
-            matmul_dtype=dtype,
-            alpha=spec.alpha,
-            temperature=spec.distillation.temperature,
-            divergence=spec.distillation.divergence,
-            beta=spec.distillation.beta or 0.5,
-            labels=labels,
-            on_policy=on_policy,
-            chunk_size=spec.training.loss_chunk,
-            teacher_heads=[teacher.head_on(training_device(), dtype=dtype) for teacher in teachers],
-            weights=spec.teacher.shares if spec.teacher else (1.0,),
-        )
+        heads = [teacher.head_on(training_device(), dtype=dtype) for teacher in teachers]
         yield _Parts(
             tokenizer=tokenizer,
             model=model,
             examples=examples,
             held_out=held_out,
-            objective=objective,
+            objective=_objective(spec, heads, vocab_size=vocab_size, labels=labels, on_policy=on_policy),
             teacher_fingerprint=", ".join(teacher.info.fingerprint for teacher in teachers) or None,
         )
+
+
+def _publish(
+    trainer: DistillationTrainer,
+    directory: RunDirectory,
+    spec: RunSpec,
+    *,
+    parts: _Parts,
+    settings: Settings,
+    before_rename: Callable[[], None],
+) -> None:
+    """The final model, written by the first process; the others give it their shares of the weights."""
+    weights = trainer.whole_weights()
+    if not trainer.is_world_process_zero():
+        return
+    if weights is not None:
+        parts = replace(parts, model=_with_weights(weights, spec, parts, settings))
+    directory.publish(
+        lambda path: _save(path, spec, parts, history=trainer.state.log_history), before_rename=before_rename
+    )
+
+
+def _teachers(spec: RunSpec, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[Teacher]:
+    """Whoever gives soft labels: none for supervised fine-tuning, files, or teachers that serve."""
+    if spec.alpha == 0:
+        return []
+    if spec.distillation.labels.path:
+        return [teacher_in_files(spec, tokenizer=tokenizer, settings=settings)]
+    return connect_teachers(spec, tokenizer=tokenizer, settings=settings)
+
+
+def _objective(
+    spec: RunSpec,
+    teacher_heads: list[OutputHead | None],
+    *,
+    vocab_size: int,
+    labels: LabelPrefetcher | None,
+    on_policy: OnPolicy | None,
+) -> Objective:
+    return Objective(
+        vocab_size=vocab_size,
+        matmul_dtype=MATMUL_DTYPES[spec.training.precision],
+        alpha=spec.alpha,
+        temperature=spec.distillation.temperature,
+        divergence=spec.distillation.divergence,
+        beta=spec.distillation.beta or 0.5,
+        labels=labels,
+        on_policy=on_policy,
+        chunk_size=spec.training.loss_chunk,
+        teacher_heads=teacher_heads,
+        weights=spec.teacher.shares if spec.teacher else (1.0,),
+    )
 
 
 def _run(trainer: DistillationTrainer, directory: RunDirectory, spec: RunSpec) -> None:
