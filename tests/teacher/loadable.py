@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +13,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from services.contract.sequences import DecodeOptions, LabelOptions, Prompt, TokenSequence
+from services.contract.settings import Settings
 from student_trainer.teacher_client import TeacherClient
+from teacher_server import models
+from teacher_server.options import TeacherOptions
 from tests.teacher.models import make_model
+from tests.teacher.serving import running_teacher
 
 SEQUENCES = [
     TokenSequence(id=str(n), token_ids=[(31 * n + 7 * p) % 290 for p in range(8 + n)], label_positions=[2, 5, 7 + n])
@@ -45,6 +50,18 @@ def folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Folder
     model.save_pretrained(tuned)
     make_adapter(base, adapter, merged=merged)
     return Folder(data=data, base=base, tuned=tuned, adapter=adapter, merged=merged)
+
+
+@pytest.fixture
+def client(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> Iterator[TeacherClient]:
+    """Of a teacher that serves ``folder.base``, keeps no labels, and may be told to serve others at any time."""
+    monkeypatch.setattr(models, "IDLE_SECONDS", 0)
+    options = TeacherOptions(model=str(folder.base), engine="transformers", port=0, label_dtype="float32")
+    with (
+        running_teacher(options, settings=Settings(data_dir=folder.data, label_cache_gib=0)) as address,
+        TeacherClient(address, patience_seconds=1) as client,
+    ):
+        yield client
 
 
 def make_adapter(base: Path, adapter: Path, *, merged: Path | None = None, base_name: str = "") -> None:

@@ -1,39 +1,26 @@
 """What the make-up of batches does to labels is measured and told."""
 
 import asyncio
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from services.contract.sequences import LabelOptions, TokenSequence
-from services.contract.settings import Settings
 from services.contract.soft_labels import ScoredSequence
 from student_trainer.teacher_client import TeacherClient
 from teacher_server import models
 from teacher_server.batching import BatchingEngine
 from teacher_server.determinism import determinism_spread
-from teacher_server.options import TeacherOptions
 from teacher_server.transformers_engine import TransformersModel
 from tests.teacher.loadable import Folder
+from tests.teacher.loadable import client as client
 from tests.teacher.loadable import folder as folder
-from tests.teacher.serving import running_teacher
 
 
 @pytest.fixture(autouse=True)
 def no_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "IDLE_SECONDS", 0)
-
-
-@pytest.fixture
-def client(folder: Folder) -> Iterator[TeacherClient]:
-    options = TeacherOptions(model=str(folder.base), engine="transformers", port=0, label_dtype="float32")
-    with (
-        running_teacher(options, settings=Settings(data_dir=folder.data, label_cache_gib=0)) as address,
-        TeacherClient(address, patience_seconds=1) as client,
-    ):
-        yield client
 
 
 def test_the_spread_is_told_to_students(client: TeacherClient) -> None:

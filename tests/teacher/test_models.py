@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,7 @@ from student_trainer.teacher_client import TeacherClient
 from teacher_server import models
 from teacher_server.options import TeacherOptions
 from tests.teacher.loadable import SEQUENCES, Folder, anew, assert_serves, break_weights, change_json, make_adapter
+from tests.teacher.loadable import client as client
 from tests.teacher.loadable import folder as folder
 from tests.teacher.serving import running_teacher
 
@@ -32,16 +33,6 @@ from tests.teacher.serving import running_teacher
 @pytest.fixture(autouse=True)
 def no_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "IDLE_SECONDS", 0)
-
-
-@pytest.fixture
-def client(folder: Folder) -> Iterator[TeacherClient]:
-    options = TeacherOptions(model=str(folder.base), engine="transformers", port=0, label_dtype="float32")
-    with (
-        running_teacher(options, settings=Settings(data_dir=folder.data, label_cache_gib=0)) as address,
-        TeacherClient(address, patience_seconds=1) as client,
-    ):
-        yield client
 
 
 def test_a_checkpoint_an_adapter_and_the_start_again(client: TeacherClient, folder: Folder) -> None:

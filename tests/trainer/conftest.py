@@ -13,6 +13,7 @@ from services.models.tiny import make_tiny_model
 from teacher_server.server import TeacherOptions
 from tests.teacher.models import make_model
 from tests.teacher.serving import running_teacher
+from tests.trainer.runs import sharp_model
 
 RECORDS = [
     {
@@ -34,15 +35,7 @@ def student_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def teacher_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Logits large enough to be worth learning; wider than the student, its head padded otherwise."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    directory = make_tiny_model(tmp_path_factory.mktemp("teacher"), seed=2, hidden_size=48, padded_rows=11)
-    model = AutoModelForCausalLM.from_pretrained(directory)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(15)
-    model.save_pretrained(directory)
-    return directory
+    return sharp_model(tmp_path_factory.mktemp("teacher"), seed=2, hidden_size=48, padded_rows=11, factor=15)
 
 
 @pytest.fixture(scope="session")

@@ -81,3 +81,18 @@ def plainly_trained(spec: RunSpec, model_directory: Path) -> PreTrainedModel:
             optimizer.step()
             optimizer.zero_grad()
     return model.requires_grad_(False)
+
+
+def sharp_model(directory: Path, *, seed: int, hidden_size: int, padded_rows: int, factor: float) -> Path:
+    """A tiny random model whose logits are ``factor`` times as large: worth learning."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from services.models.tiny import make_tiny_model
+
+    make_tiny_model(directory, seed=seed, hidden_size=hidden_size, padded_rows=padded_rows)
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(factor)
+    model.save_pretrained(directory)
+    return directory

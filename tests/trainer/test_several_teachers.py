@@ -22,7 +22,7 @@ from student_trainer.train import train
 from teacher_server.server import TeacherOptions
 from tests.teacher.serving import running_teacher
 from tests.trainer.loss_reference import plain_logits, random_head
-from tests.trainer.runs import MakeRun, assert_close_weights
+from tests.trainer.runs import MakeRun, assert_close_weights, sharp_model
 from tests.trainer.test_divergences import DIVERGENCES
 
 DIVERGENCE_TERMS = {**DIVERGENCES, "cross_entropy": (lambda log_p, log_q: -(log_p.exp() * log_q).sum(), {})}
@@ -145,12 +145,7 @@ def test_logits_of_one_chunk_exist_at_a_time() -> None:
 @pytest.fixture(scope="module")
 def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Another teacher with the same tokenizer, of other width and weights."""
-    directory = make_tiny_model(tmp_path_factory.mktemp("other"), seed=9, hidden_size=40, padded_rows=2)
-    model = AutoModelForCausalLM.from_pretrained(directory)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(20)
-    model.save_pretrained(directory)
-    return directory
+    return sharp_model(tmp_path_factory.mktemp("other"), seed=9, hidden_size=40, padded_rows=2, factor=20)
 
 
 @pytest.fixture(scope="module")
