@@ -7,16 +7,20 @@ one each, so that a server that shares by requests would give it most.
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import count
 
 from benchmarks.report import report
 from benchmarks.serving import model_directory, teacher_process
 from benchmarks.teacher_labels import records
+from services.contract.errors import CancelledError
 from services.contract.sequences import TokenSequence
 from student_trainer.teacher_client import TeacherClient
 
-SECONDS = 25
+WARM_SECONDS, SECONDS = 8, 25
+"""What is given to the engine before all students are there is nobody's share."""
+
 STUDENTS = (1, 2, 4, 8)
 GREEDY_STREAMS = 8
 
@@ -51,19 +55,23 @@ def measure(address: str, sequences: Sequence[TokenSequence], students: int) -> 
     fresh = count()
 
     def study(number: int, client: TeacherClient) -> None:
-        while not stop.is_set():
+        with suppress(CancelledError):
+            while not stop.is_set():
+                ask(number, client)
+
+    def ask(number: int, client: TeacherClient) -> None:
+        with lock:
+            start = next(fresh)
+        # A token more makes the sequence new to the server, which would otherwise join equal requests.
+        part = [
+            replace(sequence, token_ids=[start % 40_000, start // 40_000, *list(sequence.token_ids)[2:]])
+            for sequence in sequences[:16]
+        ]
+        for scored in client.score(part):
+            if stop.is_set():
+                return
             with lock:
-                start = next(fresh)
-            # A token more makes the sequence new to the server, which would otherwise join equal requests.
-            part = [
-                replace(sequence, token_ids=[start % 40_000, start // 40_000, *list(sequence.token_ids)[2:]])
-                for sequence in sequences[:16]
-            ]
-            for scored in client.score(part):
-                if stop.is_set():
-                    return
-                with lock:
-                    tokens[number] += _length(part, scored.id)
+                tokens[number] += _length(part, scored.id)
 
     clients = [TeacherClient(address) for _ in range(students)]
     threads = [
@@ -71,17 +79,18 @@ def measure(address: str, sequences: Sequence[TokenSequence], students: int) -> 
         for number in range(students)
         for _ in range(GREEDY_STREAMS if number == 0 else 1)
     ]
-    started = time.perf_counter()
     for thread in threads:
         thread.start()
+    stop.wait(WARM_SECONDS)
+    before, started = list(tokens), time.perf_counter()
     stop.wait(SECONDS)
+    rates = [(now - earlier) / (time.perf_counter() - started) for now, earlier in zip(tokens, before, strict=True)]
     stop.set()
-    elapsed = time.perf_counter() - started
     for client in clients:
         client.close()
     for thread in threads:
         thread.join()
-    return [count / elapsed for count in tokens]
+    return rates
 
 
 def _length(part: Sequence[TokenSequence], sequence_id: str) -> int:
