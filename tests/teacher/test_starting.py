@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 from services.contract.errors import (
     InvalidInputError,
     PortInUseError,
     TeacherError,
     TeacherUnavailableError,
+    UnsupportedError,
 )
 from services.contract.settings import Settings
 from student_trainer.teacher_client import TeacherClient
@@ -78,14 +79,37 @@ def test_while_the_model_loads_the_server_says_so(monkeypatch: pytest.MonkeyPatc
     assert seen == [f"the teacher at {address} is starting or stopping"]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("architecture", "forgotten", "as_if"),
+    [("granite-scaled", "logit_scale", 1.0), ("gemma2-soft-cap", "soft_cap", 0.0)],
+)
 def test_a_teacher_whose_labels_are_not_its_own_refuses_to_serve(
-    model_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    architecture: str,
+    forgotten: str,
+    as_if: float,
+    dtype: str,
+    model_of: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from teacher_server import torch_head
 
-    options = TeacherOptions(model=str(model_of("granite-scaled")), engine="transformers", port=0)
-    monkeypatch.setattr(torch_head, "logit_scale", lambda config: 1.0)
+    options = TeacherOptions(model=str(model_of(architecture)), engine="transformers", dtype=dtype, port=0)
+    with running_teacher(options):
+        pass
+    monkeypatch.setattr(torch_head, forgotten, lambda config: as_if)
     with pytest.raises(TeacherError, match="would not be its own distribution"), running_teacher(options):
+        pass
+
+
+def test_an_encoder_decoder_is_no_teacher(model_of: Callable[[str], Path], tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model_of("llama-untied"))
+    tokenizer.save_pretrained(tmp_path)
+    T5ForConditionalGeneration(T5Config(vocab_size=len(tokenizer), d_model=8, d_ff=8, num_layers=1)).save_pretrained(
+        tmp_path
+    )
+    options = TeacherOptions(model=str(tmp_path), engine="transformers", port=0)
+    with pytest.raises(UnsupportedError, match="no causal language model"), running_teacher(options):
         pass
 
 

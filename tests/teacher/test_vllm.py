@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import psutil
 import pytest
@@ -151,6 +152,23 @@ def test_bad_input_is_refused_and_the_engine_lives(teacher, sequences):
         with pytest.raises(InvalidInputError):
             list(client.generate([Prompt(id="x", token_ids=[1])], DecodeOptions(max_new_tokens=1)))
         assert len(list(client.score(sequences[:1], LabelOptions()))) == 1
+
+
+def test_in_bfloat16_the_distribution_is_nearly_the_same(smollm2, sequences, reference, tmp_path):
+    """Rounding is no reason to refuse to serve."""
+    served = start(smollm2, tmp_path, "--max-length", "512", "--dtype", "bfloat16")
+    try:
+        with TeacherClient(served.address) as client:
+            head = client.fetch_lm_head()
+            scored = {answer.id: answer for answer in client.score(sequences, LabelOptions())}
+    finally:
+        stop(served)
+    assert head.weight_VD.dtype == ml_dtypes.bfloat16
+    for sequence in sequences:
+        logits = torch.from_numpy(head.logits(scored[sequence.id].labels.hidden_ND).astype(np.float64))
+        expected = torch.from_numpy(reference[sequence.id])
+        divergence = (expected.exp() * (expected - logits.log_softmax(dim=1))).sum(dim=1)
+        assert 0 < divergence.mean() < 5e-3
 
 
 def test_greedy_continuations_are_those_of_transformers(smollm2, tmp_path):
