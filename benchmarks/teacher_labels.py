@@ -1,14 +1,16 @@
 """A teacher's labels through smoothkd against the ways to get them from vLLM alone: tokens per second, in one run.
 
-All three run SmolLM2-135M-Instruct in float32 on vLLM, all are alive at the same time, and rounds alternate, so that
-whatever else the machine does hits all alike:
+All run SmolLM2-135M-Instruct on vLLM with the same precision, all are alive at the same time, and rounds
+alternate, so that whatever else the machine does hits all alike:
 
 - smoothkd: exact labels (and top-100) through gRPC, decoded and checked by the client;
 - vLLM in this machine's memory: ``prompt_logprobs=100`` with ``flat_logprobs`` and without detokenising, its cheapest;
-- vLLM's OpenAI server: ``prompt_logprobs=100`` over HTTP as JSON, parsed into arrays, as trainers use it.
+- vLLM's OpenAI server: ``prompt_logprobs=100`` over HTTP as JSON, parsed into arrays, as trainers use it;
+- vLLM's forward pass with nothing kept of it, which bounds what any of them can reach.
 
 Two workloads: every position of 256-token sequences, and instruction records of which only responses are labelled,
-which is what a student needs (``prompt_logprobs`` always computes every position).
+which is what a student needs (``prompt_logprobs`` always computes every position). Each in float32 and in bfloat16,
+in which large teachers are served; processors without instructions for it are slow there.
 """
 
 import itertools
@@ -22,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,27 +61,33 @@ VLLM_ON_CPU = {
 
 def main() -> None:
     model = model_directory()
+    for dtype in ("float32", "bfloat16"):
+        compare(model, dtype)
+
+
+def compare(model: Path, dtype: str) -> None:
     with ExitStack() as stack:
         # Without a cache: what is measured is computing.
         address, teacher_id = stack.enter_context(
             teacher_process(
-                *("--model", str(model), "--engine", "vllm", "--max-length", str(MAX_LENGTH)),
+                *("--model", str(model), "--engine", "vllm", "--max-length", str(MAX_LENGTH), "--dtype", dtype),
                 python=VLLM_PYTHON,
                 environment={**VLLM_ON_CPU, "SMOOTHKD_LABEL_CACHE_GIB": "0"},
             )
         )
         client = stack.enter_context(TeacherClient(address))
-        direct = stack.enter_context(vllm_in_memory(model))
-        http = stack.enter_context(openai_server(model))
+        direct, bare = stack.enter_context(vllm_in_memory(model, dtype))
+        http = stack.enter_context(openai_server(model, dtype))
         top_k = LabelOptions(encoding="top_k", k=K)
         ways = [
             Way("smoothkd, exact, gRPC", teacher_id, lambda sequences: ask_teacher(client, sequences, LabelOptions())),
             Way(f"smoothkd, top-{K}, gRPC", teacher_id, lambda sequences: ask_teacher(client, sequences, top_k)),
             direct,
             http,
+            bare,
         ]
         for name, sequences in (("256", fixed_length(model)), ("records", records(model))):
-            measure(name, sequences, ways)
+            measure(f"{name}_{dtype}", sequences, ways)
 
 
 @dataclass(frozen=True)
@@ -121,7 +130,7 @@ def measure(workload: str, sequences: list[TokenSequence], ways: Sequence[Way]) 
     ]
     report(
         f"teacher_labels_{workload}",
-        title=f"{len(sequences)} sequences, {tokens:,} tokens, {labels:,} labelled; median of {ROUNDS} rounds",
+        title=f"{workload}: {len(sequences)} sequences of {tokens:,} tokens, {labels:,} labelled; {ROUNDS} rounds",
         rows=rows,
     )
 
@@ -167,10 +176,10 @@ def ask_teacher(client: TeacherClient, sequences: Sequence[TokenSequence], optio
 
 
 @contextmanager
-def vllm_in_memory(model: Path) -> Iterator[Way]:
-    """vLLM's generate runner in a process of its own; its time is taken inside, without the pipe."""
+def vllm_in_memory(model: Path, dtype: str) -> Iterator[tuple[Way, Way]]:
+    """vLLM's generate runner in a process of its own, with log-probabilities and with none."""
     process = subprocess.Popen(
-        [VLLM_PYTHON, "-m", "benchmarks.vllm_prompt_logprobs", str(model), str(MAX_LENGTH)],
+        [VLLM_PYTHON, "-m", "benchmarks.vllm_prompt_logprobs", str(model), str(MAX_LENGTH), dtype],
         cwd=REPOSITORY,
         env=os.environ | VLLM_ON_CPU,
         stdin=subprocess.PIPE,
@@ -186,16 +195,19 @@ def vllm_in_memory(model: Path) -> Iterator[Way]:
                 return dict(json.loads(line[1:]))
         raise SystemExit("the process with vLLM ended")
 
-    def ask(sequences: Sequence[TokenSequence]) -> None:
+    def ask(sequences: Sequence[TokenSequence], k: int | None) -> None:
         assert process.stdin is not None
-        request = {"sequences": [list(sequence.token_ids) for sequence in sequences], "k": K}
+        request = {"sequences": [list(sequence.token_ids) for sequence in sequences], "k": k}
         process.stdin.write(json.dumps(request) + "\n")
         process.stdin.flush()
         answer()
 
     try:
         answer()
-        yield Way(f"vLLM prompt_logprobs={K}, flat, in memory", process.pid, ask)
+        yield (
+            Way(f"vLLM prompt_logprobs={K}, flat, in memory", process.pid, partial(ask, k=K)),
+            Way("vLLM forward pass alone, no labels", process.pid, partial(ask, k=None)),
+        )
     finally:
         # The end of its input lets it stop vLLM's own processes; a signal would orphan them.
         assert process.stdin is not None
@@ -204,13 +216,13 @@ def vllm_in_memory(model: Path) -> Iterator[Way]:
 
 
 @contextmanager
-def openai_server(model: Path) -> Iterator[Way]:
+def openai_server(model: Path, dtype: str) -> Iterator[Way]:
     """``vllm serve``, asked by as many connections as there are sequences."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [
         *(str(VLLM_PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)),
-        *("--dtype", "float32", "--max-model-len", str(MAX_LENGTH), "--max-logprobs", str(K), "--enforce-eager"),
+        *("--dtype", dtype, "--max-model-len", str(MAX_LENGTH), "--max-logprobs", str(K), "--enforce-eager"),
         *("--no-enable-prefix-caching", "--served-model-name", "teacher", "--disable-log-stats"),
     ]
 

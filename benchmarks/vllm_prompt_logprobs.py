@@ -1,6 +1,7 @@
 """vLLM's own way to a teacher's distribution, run by the environment that has vLLM: log-probabilities of prompts.
 
 Speaks JSON lines: reads {"sequences": [[ids], ...], "k": 100}, answers {"seconds": ...}; writes {"ready": true} first.
+With "k": null it computes the prompts and gives no distribution: what no way to one can undercut.
 Not part of the measurements by itself: ``python -m benchmarks.teacher_labels`` starts it.
 """
 
@@ -15,10 +16,10 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
 
-async def main(model: str, max_length: int) -> None:
+async def main(model: str, max_length: int, dtype: str) -> None:
     arguments = AsyncEngineArgs(
         model=model,
-        dtype="float32",
+        dtype=dtype,
         max_model_len=max_length,
         max_logprobs=100,
         enforce_eager=True,
@@ -38,7 +39,7 @@ async def main(model: str, max_length: int) -> None:
         engine.shutdown()
 
 
-async def score(engine: AsyncLLM, ids: list[int], k: int) -> None:
+async def score(engine: AsyncLLM, ids: list[int], k: int | None) -> None:
     """One prompt's top-k log-probabilities at every position, in the cheapest form that vLLM offers."""
     how = SamplingParams(
         max_tokens=1,
@@ -48,8 +49,7 @@ async def score(engine: AsyncLLM, ids: list[int], k: int) -> None:
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
     async for output in engine.generate(TokensPrompt(prompt_token_ids=ids), how, f"{id(ids)}"):
-        assert output.prompt_logprobs is not None
-        assert len(output.prompt_logprobs) == len(ids)
+        assert k is None or len(output.prompt_logprobs or ()) == len(ids)
 
 
 def _answer(content: dict[str, object]) -> None:
@@ -58,4 +58,4 @@ def _answer(content: dict[str, object]) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1], int(sys.argv[2])))
+    asyncio.run(main(sys.argv[1], int(sys.argv[2]), sys.argv[3]))
