@@ -26,7 +26,7 @@ def attach_adapters(model: PreTrainedModel, spec: LoraSpec, *, seed: int) -> Pef
     """
     layers = _linear_layers(model)
     config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
+        task_type=TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM,
         r=spec.rank,
         lora_alpha=spec.alpha,
         lora_dropout=spec.dropout,

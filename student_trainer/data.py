@@ -4,7 +4,7 @@ Shape suffixes: B sequences, T tokens, N response tokens of the batch.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +47,10 @@ class Example:
     @property
     def response_positions(self) -> range:
         return range(self.prompt_length, len(self.token_ids))
+
+
+Collate = Callable[[Sequence[Example]], dict[str, Tensor]]
+"""Makes a batch of examples: ``collate``, and others that return what it does."""
 
 
 def split_held_out(examples: Sequence[Example], count: int) -> tuple[list[Example], list[Example]]:
@@ -93,7 +97,8 @@ def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
     """A batch, padded on the right.
 
     ``input_ids`` and ``attention_mask`` [B, T]; ``labels`` [B, T] with NOT_LEARNT outside responses; ``predictor_N``:
-    where in the flattened B*T the hidden state lies that predicts each response token; ``record_B``: their indices.
+    where in the flattened B*T the hidden state lies that predicts each response token; ``learnt_N``: these tokens;
+    ``record_B``: the examples' indices.
     """
     longest = max(len(example.token_ids) for example in examples)
     input_ids_BT = torch.zeros(len(examples), longest, dtype=torch.int64)
@@ -104,10 +109,19 @@ def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
         input_ids_BT[row, :length] = torch.tensor(example.token_ids)
         attention_mask_BT[row, :length] = 1
         labels_BT[row, example.prompt_length : length] = input_ids_BT[row, example.prompt_length : length]
+    response_N = (labels_BT != NOT_LEARNT).flatten().nonzero().squeeze(1)
     return {
         "input_ids": input_ids_BT,
         "attention_mask": attention_mask_BT,
         "labels": labels_BT,
-        "predictor_N": (labels_BT != NOT_LEARNT).flatten().nonzero().squeeze(1) - 1,
+        "predictor_N": response_N - 1,
+        "learnt_N": labels_BT.flatten()[response_N],
         "record_B": torch.tensor([example.index for example in examples]),
     }
+
+
+def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of a batch the model's forward pass takes."""
+    # Positions keep records apart that share rows, and count only without a mask.
+    apart = "position_ids" if "position_ids" in batch else "attention_mask"
+    return {name: batch[name] for name in ("input_ids", apart, "decoder_input_ids") if name in batch}

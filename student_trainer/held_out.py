@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from student_trainer.data import Example, collate
+from student_trainer.data import Collate, Example, collate, model_inputs
 from student_trainer.output_head import OutputHead, output_logits
 from student_trainer.student import loss_at_head
 
@@ -56,6 +56,7 @@ def measure_held_out(
     vocab_size: int,
     batch_size: int,
     device: torch.device,
+    collate: Collate = collate,
 ) -> dict[str, float]:
     """``Calibration.metrics`` over the response tokens of ``examples``, without a gradient and without dropout.
 
@@ -69,9 +70,8 @@ def measure_held_out(
             batch = {name: tensor.to(device) for name, tensor in collate(examples[start : start + batch_size]).items()}
 
             def count(hidden_BTD: Tensor, batch: dict[str, Tensor] = batch) -> Tensor:
-                predictor_N = batch["predictor_N"]
-                hidden_ND = hidden_BTD.flatten(0, 1)[predictor_N]
-                ids_N = batch["input_ids"].flatten()[predictor_N + 1]
+                hidden_ND = hidden_BTD.flatten(0, 1)[batch["predictor_N"]]
+                ids_N = batch["learnt_N"]
                 for first in range(0, len(ids_N), CHUNK):
                     rows = slice(first, first + CHUNK)
                     weights = head()
@@ -79,7 +79,6 @@ def measure_held_out(
                     calibration.add(output_logits(hidden_CD, head=weights, vocab_size=vocab_size), ids_N[rows])
                 return hidden_BTD.new_zeros(())
 
-            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-            loss_at_head(model, head_layer=head_layer, loss_of=count, **inputs)
+            loss_at_head(model, head_layer=head_layer, loss_of=count, **model_inputs(batch))
     model.train(was_training)
     return calibration.metrics()

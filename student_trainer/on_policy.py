@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from services.contract.distillation_spec import OnPolicySpec
+from services.models.architecture import decoder_start
 from student_trainer.data import Example
 
 
@@ -83,7 +84,8 @@ class OnPolicy:
                 _Draws(seeds, temperature=self.spec.temperature, vocab_size=self.vocab_size, device=device)
             ],
         )
-        for response in output_BT[:, longest:].tolist():
+        # A decoder with an encoder repeats none of the prompt, only the token that it starts with.
+        for response in output_BT[:, 1 if model.config.is_encoder_decoder else longest :].tolist():
             ends = (place for place, token in enumerate(response, start=1) if token in self.stop_ids)
             yield response[: next(ends, budget)]
 
@@ -124,7 +126,7 @@ def _answering(model: PreTrainedModel | PeftModel) -> Iterator[PreTrainedModel]:
     plain: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     was_training, settings = model.training, plain.generation_config
     model.eval()
-    plain.generation_config = GenerationConfig()
+    plain.generation_config = GenerationConfig(decoder_start_token_id=decoder_start(plain))
     try:
         yield plain
     finally:

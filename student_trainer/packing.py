@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from services.contract.errors import UnsupportedError
-from student_trainer.data import NOT_LEARNT, Example
+from student_trainer.data import NOT_LEARNT, Example, model_inputs
 from student_trainer.student import PROBE_TOLERANCE, final_hidden_states
 
 
@@ -45,12 +45,18 @@ def pack(examples: Sequence[Example], *, max_length: int) -> dict[str, Tensor]:
         "position_ids": position_ids_BT,
         "labels": labels_BT,
         "predictor_N": torch.cat(predictors),
+        "learnt_N": input_ids_BT.flatten()[torch.cat(predictors) + 1],
         "record_B": torch.tensor([example.index for example in examples]),
     }
 
 
 def require_packable(model: PreTrainedModel | PeftModel, *, vocab_size: int) -> None:
     """UnsupportedError unless records in one row get the hidden states that each has alone."""
+    if model.config.is_encoder_decoder:
+        raise UnsupportedError(
+            f"{type(model).__name__} reads prompts and responses in two networks, for which records are not packed",
+            fix="Set training.packing to false.",
+        )
     layer: Any = model.get_output_embeddings()
     device = layer.weight.device
     records = [
@@ -63,8 +69,7 @@ def require_packable(model: PreTrainedModel | PeftModel, *, vocab_size: int) -> 
     model.eval()
     with torch.no_grad():
         packed = {name: tensor.to(device) for name, tensor in pack(records, max_length=15).items()}
-        inputs = {name: packed[name] for name in ("input_ids", "position_ids")}
-        together_BTD = final_hidden_states(model, head_layer=layer, **inputs)
+        together_BTD = final_hidden_states(model, head_layer=layer, **model_inputs(packed))
         found_ND = together_BTD.flatten(0, 1)[packed["predictor_N"]]
         alone = [
             final_hidden_states(model, head_layer=layer, input_ids=torch.tensor([record.token_ids], device=device))

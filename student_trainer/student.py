@@ -10,12 +10,18 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from services.contract.distillation_spec import StudentSpec
 from services.contract.errors import UnsupportedError
 from services.contract.settings import Settings
+from services.models.architecture import decoder_start, language_model_class
 from services.models.logit_shape import logit_scale, soft_cap
 from services.models.resolve import resolve_model
 from student_trainer.adapters import (
@@ -58,7 +64,7 @@ def load_student(
     transformers_logging.disable_progress_bar()
     dtype = torch.float32 if spec.lora is None else frozen_dtype
     options = {} if quantized is None else {"quantization_config": quantized}
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **options)
+    model: PreTrainedModel = language_model_class(directory).from_pretrained(directory, dtype=dtype, **options)
     _make_generation_config_savable(model)
     if quantized is not None:
         keep_trainable(model)
@@ -167,7 +173,7 @@ def check_head(model: PreTrainedModel, *, vocab_size: int) -> None:
     layer: Any = model.get_output_embeddings()
     name = type(model).__name__
     if layer is None or not hasattr(layer, "weight"):
-        raise UnsupportedError(f"{name} has no output head", fix="Choose a causal language model as the student.")
+        raise UnsupportedError(f"{name} has no output head", fix="Choose a model that writes text as the student.")
     if layer.weight.shape[0] < vocab_size:
         raise UnsupportedError(
             f"the tokenizer has {vocab_size} ids, the student's output head only {layer.weight.shape[0]} rows",
@@ -176,16 +182,17 @@ def check_head(model: PreTrainedModel, *, vocab_size: int) -> None:
     was_training = model.training
     model.eval()
     ids_BT = torch.arange(min(8, vocab_size), device=layer.weight.device).unsqueeze(0)
+    inputs = {"input_ids": ids_BT} | ({} if decoder_start(model) is None else {"decoder_input_ids": ids_BT})
     with torch.no_grad():
-        expected_BTV = model(input_ids=ids_BT, use_cache=False).logits[..., :vocab_size].float()
-        hidden_BTD = final_hidden_states(model, head_layer=layer, input_ids=ids_BT)
+        expected_BTV = model(**inputs, use_cache=False).logits[..., :vocab_size].float()
+        hidden_BTD = final_hidden_states(model, head_layer=layer, **inputs)
         found_NV = output_logits(hidden_BTD.flatten(0, 1), head=output_head(model), vocab_size=vocab_size)
     model.train(was_training)
     error = (found_NV - expected_BTV.flatten(0, 1)).abs().max() / expected_BTV.abs().max().clamp_min(1e-6)
     if not error <= PROBE_TOLERANCE[layer.weight.dtype]:
         raise UnsupportedError(
             f"{name} does something to its logits that this release does not know: they differ by {error:.2%}",
-            fix="Choose a student of another architecture, such as Llama, Qwen, Gemma, Mistral or GPT-NeoX.",
+            fix="Choose a student of another architecture, such as Llama, Qwen, Gemma, Mistral, GPT-NeoX or T5.",
         )
 
 

@@ -15,9 +15,11 @@ from services.contract.errors import CancelledError
 from services.contract.records import MetricPoint
 from services.contract.settings import Settings
 from services.contract.spec import RunSpec
+from services.models.architecture import decoder_start
 from services.models.card import CARD, RUN_FILE, model_card
 from student_trainer.arguments import MATMUL_DTYPES, optimizer_steps, training_arguments, training_device
-from student_trainer.data import Example, collate, split_held_out
+from student_trainer.data import Collate, Example, collate, split_held_out
+from student_trainer.encoder_decoder import collate_apart
 from student_trainer.examples import load_examples, longest_example
 from student_trainer.file_labels import FileLabels, teacher_in_files
 from student_trainer.labels import LabelPrefetcher
@@ -80,7 +82,8 @@ def train(
                 held_out=parts.held_out,
                 objective=parts.objective,
                 callbacks=[watcher],
-                collate=partial(pack, max_length=spec.training.max_length) if spec.training.packing else collate,
+                collate=parts.collate,
+                held_out_collate=parts.held_out_collate,
             )
             trainer.remove_callback(PrinterCallback)
             if trainer.is_world_process_zero():
@@ -103,6 +106,8 @@ class _Parts:
     held_out: list[Example]
     objective: Objective
     teacher_fingerprint: str | None
+    collate: Collate
+    held_out_collate: Collate
 
 
 @contextmanager
@@ -156,7 +161,14 @@ def _prepared(spec: RunSpec, settings: Settings, stopping: Callable[[], bool]) -
             held_out=held_out,
             objective=_objective(spec, heads, vocab_size=vocab_size, labels=labels, on_policy=on_policy),
             teacher_fingerprint=", ".join(teacher.info.fingerprint for teacher in teachers) or None,
+            collate=partial(pack, max_length=spec.training.max_length) if spec.training.packing else _collate(model),
+            held_out_collate=_collate(model),
         )
+
+
+def _collate(model: PreTrainedModel | PeftModel) -> Collate:
+    start_id = decoder_start(model)
+    return collate if start_id is None else partial(collate_apart, start_id=start_id)
 
 
 def _publish(

@@ -6,7 +6,7 @@ Shape suffixes: B sequences, T tokens, N response tokens, D hidden size.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from services.contract.distillation_spec import Divergence
 from services.contract.errors import TrainingError
-from student_trainer.data import Example, collate
+from student_trainer.data import Collate, Example, collate, model_inputs
 from student_trainer.held_out import measure_held_out
 from student_trainer.labels import LabelPrefetcher, mixed_targets, soft_targets, universal_targets
 from student_trainer.look_ahead import LookAhead
@@ -66,7 +66,8 @@ class DistillationTrainer(Trainer):
         held_out: Sequence[Example] = (),
         objective: Objective,
         callbacks: list[TrainerCallback],
-        collate: Callable[[Sequence[Example]], dict[str, Tensor]] = collate,
+        collate: Collate = collate,
+        held_out_collate: Collate = collate,
     ) -> None:
         # One process drives one device; without this the library wraps the model for all GPUs it sees.
         args._n_gpu = min(args.n_gpu, 1)
@@ -82,6 +83,7 @@ class DistillationTrainer(Trainer):
         self._window = _Window(self.accelerator.device)
         self._observables = Observables(self.accelerator.device)
         self._held_out = held_out
+        self._held_out_collate = held_out_collate
         self._flops_per_token = flops_per_token(model)
 
     def get_batch_samples(
@@ -108,8 +110,7 @@ class DistillationTrainer(Trainer):
             model,
             head_layer=self._head_layer,
             loss_of=lambda hidden_BTD: self._loss_sums(hidden_BTD, inputs).total,
-            input_ids=inputs["input_ids"],
-            **_separation(inputs),
+            **model_inputs(inputs),
         )
         # Data parallelism averages gradients over ranks; the count is already over all of them.
         ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
@@ -117,11 +118,10 @@ class DistillationTrainer(Trainer):
         return (loss, {}) if return_outputs else loss
 
     def _loss_sums(self, hidden_BTD: Tensor, inputs: dict[str, Any]) -> LossSums:
-        predictor_N = inputs["predictor_N"]
         objective = self._objective
         sums = distillation_loss(
-            hidden_BTD.flatten(0, 1).index_select(0, predictor_N),
-            token_ids_N=inputs["input_ids"].flatten().index_select(0, predictor_N + 1),
+            hidden_BTD.flatten(0, 1).index_select(0, inputs["predictor_N"]),
+            token_ids_N=inputs["learnt_N"],
             head=output_head(self._student),
             vocab_size=objective.vocab_size,
             targets=self._targets(inputs),
@@ -196,6 +196,7 @@ class DistillationTrainer(Trainer):
                 head_layer=self._head_layer,
                 head=lambda: output_head(self._student),
                 examples=self._held_out,
+                collate=self._held_out_collate,
                 vocab_size=self._objective.vocab_size,
                 batch_size=self.args.per_device_train_batch_size,
                 device=self.accelerator.device,
@@ -246,12 +247,6 @@ class DistillationTrainer(Trainer):
             f"the {what} is not finite at step {self.state.global_step + 1}{where}",
             fix="Lower the learning rate or max_grad_norm, or train in bf16 or fp32. The last checkpoint is whole.",
         )
-
-
-def _separation(inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """What keeps records apart: their positions where they share rows, which count only without a mask."""
-    name = "position_ids" if "position_ids" in inputs else "attention_mask"
-    return {name: inputs[name]}
 
 
 class _Window:

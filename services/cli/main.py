@@ -216,7 +216,7 @@ def evaluate(
     encoder: Annotated[str | None, typer.Option(help="For bertscore: the model of word vectors.")] = None,
     samples: Annotated[int, typer.Option(min=0, help="For self_consistency: further summaries to draw.")] = 0,
 ) -> None:
-    """Measure any causal language model, trained here or not. NAME=FILE reads a benchmark from a local file."""
+    """Measure any language model, trained here or not. NAME=FILE reads a benchmark from a local file."""
     from services.cli.evaluation import evaluate_model
 
     evaluate_model(

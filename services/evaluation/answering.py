@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -111,11 +112,12 @@ def draw_samples(one: Answer, *, loaded: LoadedModel, max_new_tokens: int, count
 
 
 def _encode(source: str, *, request: Request, loaded: LoadedModel) -> Prompt:
-    try:
-        return encode_document(loaded.tokenizer, document=source, instruction=request.instruction)
-    except UnsupportedError:
-        ids = encode_prompt(loaded.tokenizer, instruction=request.instruction, context=source)
-        return Prompt(ids=ids, context_tokens=0)
+    # Lookback ratios weigh prompt against answer in one attention; encoder-decoders have two.
+    if not loaded.model.config.is_encoder_decoder:
+        with suppress(UnsupportedError):
+            return encode_document(loaded.tokenizer, document=source, instruction=request.instruction)
+    ids = encode_prompt(loaded.tokenizer, instruction=request.instruction, context=source)
+    return Prompt(ids=ids, context_tokens=0)
 
 
 def _shorten(request: Request, excess: int, *, loaded: LoadedModel, limit: int) -> Prompt:
@@ -163,7 +165,9 @@ def _generate(
         pad_token_id=_pad_id(loaded),
         **how,
     )
-    rows: list[list[int]] = generated_BT[:, width:].tolist()
+    # A decoder with an encoder repeats none of the prompt, only the token that it starts with.
+    first = 1 if loaded.model.config.is_encoder_decoder else width
+    rows: list[list[int]] = generated_BT[:, first:].tolist()
     return rows
 
 

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 from services.contract.errors import ModelNotFoundError
+from services.models.architecture import decoder_start, language_model_class
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,22 +21,26 @@ class LoadedModel:
 
 
 def load_model(directory: str) -> LoadedModel:
-    """A causal language model on the GPU in bfloat16 where there is one, else on the CPU in float32."""
+    """A language model, with an encoder or without, on the GPU in bfloat16 where there is one, else on the CPU in
+    float32.
+    """
     on_gpu = torch.cuda.is_available()
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
         dtype = torch.bfloat16 if on_gpu else torch.float32
-        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+        model: Any = language_model_class(directory).from_pretrained(directory, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelNotFoundError(
-            f"{directory} cannot be loaded as a causal language model: {first}",
+            f"{directory} cannot be loaded as a language model: {first}",
             fix="Name a directory that save_pretrained wrote for both model and tokenizer.",
         ) from None
     model = model.to("cuda" if on_gpu else "cpu").eval()
     eos_ids = _eos_ids(model, tokenizer)
     # What the model's makers recommend, such as sampling or a repetition penalty, is no part of greedy decoding.
-    model.generation_config = GenerationConfig(eos_token_id=list(eos_ids) or None)
+    model.generation_config = GenerationConfig(
+        eos_token_id=list(eos_ids) or None, decoder_start_token_id=decoder_start(model)
+    )
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
     return LoadedModel(model=model, tokenizer=tokenizer, window=window, eos_ids=eos_ids)
 

@@ -99,7 +99,7 @@ def test_a_window_without_room_for_an_article_is_an_error(loaded: LoadedModel) -
 def test_a_model_that_cannot_be_loaded_is_named(tiny_model: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(tiny_model, tmp_path / "broken")
     (broken / "config.json").write_text('{"model_type": "no-such-architecture"}')
-    with pytest.raises(ModelNotFoundError, match="cannot be loaded as a causal language model"):
+    with pytest.raises(ModelNotFoundError, match="cannot be loaded as a language model"):
         load_model(str(broken))
 
 
