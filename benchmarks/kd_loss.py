@@ -11,20 +11,25 @@ import multiprocessing
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.report import report
+from benchmarks.report import FOLDER, report
+from services.reports.colours import BASELINE, DISTILLED
 from student_trainer.loss import distillation_loss
 from student_trainer.output_head import OutputHead
 from student_trainer.targets import ExactTargets, TopKTargets
 
 K = 64
+VOCABULARY, POSITIONS = 16_384, 512
+"""What stays the same while the other grows."""
 REPEATS = 3
 
 
@@ -68,18 +73,37 @@ def main() -> None:
         rows.append({"variant": name, "ms": 1000 * seconds, "times its products": seconds / floor, "peak GiB": gib})
     report("kd_loss", title=f"loss and gradients, {shape}", rows=rows)
     if not torch.cuda.is_available():
-        report("kd_loss_growth", title="peak memory of dense and fused loss, GiB", rows=growth())
+        rows = growth()
+        report("kd_loss_growth", title="peak memory of dense and fused loss, GiB", rows=rows)
+        plot_growth(rows, FOLDER / "kd_loss_growth.svg")
 
 
 def growth() -> list[dict[str, Any]]:
     """With positions at one vocabulary, and with the vocabulary at as many positions."""
-    shapes = [Shape(n=n, v=16_384, d=128, e=128) for n in (256, 512, 1024, 2048)]
-    shapes += [Shape(n=512, v=v, d=128, e=128) for v in (8_192, 32_768, 65_536)]
+    shapes = [Shape(n=n, v=VOCABULARY, d=128, e=128) for n in (256, 512, 1024, 2048)]
+    shapes += [Shape(n=POSITIONS, v=v, d=128, e=128) for v in (8_192, 32_768, 65_536)]
     rows = []
     for shape in shapes:
         dense, fused = (measure(VARIANTS[name], shape, repeats=1)[1] for name in (DENSE, EXACT))
         rows.append({"positions": shape.n, "vocabulary": shape.v, "dense": dense, "fused": fused})
     return rows
+
+
+def plot_growth(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Two panels, by positions and by vocabulary, of what ``growth`` measured."""
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for panel, axis, other, fixed in zip(
+        panels, ("positions", "vocabulary"), ("vocabulary", "positions"), (VOCABULARY, POSITIONS), strict=True
+    ):
+        along = sorted((row for row in rows if row[other] == fixed), key=lambda row: int(row[axis]))
+        for way, colour in (("dense", BASELINE), ("fused", DISTILLED[0])):
+            panel.plot([row[axis] for row in along], [row[way] for row in along], "o-", color=colour, label=way)
+        panel.set_xlabel(f"{axis}, at {fixed:,} {'tokens of vocabulary' if other == 'vocabulary' else other}")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("peak memory, GiB")
+    panels[0].legend(frameon=False)
+    figure.savefig(path)
 
 
 def measure(work: Callable[[Inputs], None], shape: Shape, *, repeats: int = REPEATS) -> tuple[float, float]:
