@@ -154,15 +154,21 @@ def test_bad_input_is_refused_and_the_engine_lives(teacher, sequences):
         assert len(list(client.score(sequences[:1], LabelOptions()))) == 1
 
 
-def test_in_bfloat16_the_distribution_is_nearly_the_same(smollm2, sequences, reference, tmp_path):
-    """Rounding is no reason to refuse to serve."""
+def test_in_bfloat16_the_distribution_is_nearly_the_same_until_it_is_killed(smollm2, sequences, reference, tmp_path):
+    """Rounding is no reason to refuse to serve. Killed, the teacher takes vLLM's processes with it."""
     served = start(smollm2, tmp_path, "--max-length", "512", "--dtype", "bfloat16")
     try:
         with TeacherClient(served.address) as client:
             head = client.fetch_lm_head()
             scored = {answer.id: answer for answer in client.score(sequences, LabelOptions())}
+        processes = psutil.Process(served.process.pid).children(recursive=True)
+        served.process.kill()
+        _, alive = psutil.wait_procs(processes, timeout=30)
     finally:
         stop(served)
+    # Nobody was left to end them; they would keep their memory from the teacher's next start.
+    assert len(processes) >= 2
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
     assert head.weight_VD.dtype == ml_dtypes.bfloat16
     for sequence in sequences:
         logits = torch.from_numpy(head.logits(scored[sequence.id].labels.hidden_ND).astype(np.float64))
