@@ -19,6 +19,7 @@ def evaluate_model(
     metrics: str | None,
     judges: Mapping[str, str | None],
     samples: int,
+    server: str | None,
     settings: Settings,
 ) -> None:
     """Check what was asked for before anything is loaded, then measure and print the scores."""
@@ -34,7 +35,7 @@ def evaluate_model(
             "batch_size": batch_size,
         }
     )
-    _run(model, spec, out, settings)
+    _run(model, spec, out, settings, server=server)
 
 
 def measure_confidence(
@@ -68,13 +69,13 @@ def _benchmark(text: str) -> dict[str, str]:
     return {"name": name, "path": path} if path else {"name": name}
 
 
-def _run(model: str, spec: EvaluationSpec, out: Path, settings: Settings) -> None:
+def _run(model: str, spec: EvaluationSpec, out: Path, settings: Settings, *, server: str | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
     from services.evaluation.directory import evaluate_to_directory
 
-    scores = evaluate_to_directory(model, spec, out, settings)
+    scores = evaluate_to_directory(model, spec, out, settings, server=server)
     table = Table("benchmark", "metric", "value", "items", box=None, pad_edge=False)
     for score in scores:
         value = f"{score.value:.2f}" if score.value is not None else f"– ({score.missing})"

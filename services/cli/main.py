@@ -215,6 +215,9 @@ def evaluate(
     nli: Annotated[str | None, typer.Option(help="For entailment: an NLI cross-encoder.")] = None,
     encoder: Annotated[str | None, typer.Option(help="For bertscore: the model of word vectors.")] = None,
     samples: Annotated[int, typer.Option(min=0, help="For self_consistency: further summaries to draw.")] = 0,
+    server: Annotated[
+        str | None, typer.Option(help="Who writes the answers: http://HOST:PORT/v1 of `vllm serve MODEL`.")
+    ] = None,
 ) -> None:
     """Measure any language model, trained here or not. NAME=FILE reads a benchmark from a local file."""
     from services.cli.evaluation import evaluate_model
@@ -229,6 +232,7 @@ def evaluate(
         metrics=metrics,
         judges={"lens": lens, "hhem": hhem, "nli": nli, "encoder": encoder},
         samples=samples,
+        server=server,
         settings=_settings(),
     )
 

@@ -78,7 +78,8 @@ def answer(
 ) -> Iterator[list[Answer]]:
     """Each batch's answers as soon as the batch is done; the longest prompts come first.
 
-    With ``measure`` the lookback ratios of every answer are read while it is generated; the answers are the same.
+    With ``measure`` the lookback ratios of every answer are read while it is generated; the answers are the same. A
+    server that writes the answers reads none.
     """
     # Longest first: a batch that does not fit into memory fails at once, not after an hour.
     order = sorted(range(len(requests)), key=lambda index: -len(prompts[index].ids))
@@ -86,7 +87,10 @@ def answer(
         chosen = order[start : start + batch_size]
         batch = [prompts[index] for index in chosen]
         outputs: list[tuple[str, MeasuredSummary | None]]
-        if measure and all(prompt.context_tokens for prompt in batch):
+        if loaded.server is not None:
+            texts = loaded.server.complete([prompt.ids for prompt in batch], max_new_tokens=max_new_tokens)
+            outputs = [(text.strip(), None) for text in texts]
+        elif measure and all(prompt.context_tokens for prompt in batch):
             generated = _generate_measured(batch, loaded=loaded, max_new_tokens=max_new_tokens)
             outputs = [_read_measured(one, loaded=loaded) for one in generated]
         else:

@@ -21,11 +21,14 @@ SCORES = "scores.json"
 SUBJECT = "evaluated.json"
 
 
-def evaluate_to_directory(model: str, spec: EvaluationSpec, out: Path, settings: Settings) -> list[Score]:
+def evaluate_to_directory(
+    model: str, spec: EvaluationSpec, out: Path, settings: Settings, *, server: str | None = None
+) -> list[Score]:
     """The scores of a model, also in ``out`` beside the generations, one JSON object a line.
 
     A directory that an interrupted evaluation of the same model left is carried on, also with further metrics;
-    ConflictError when it is another model's, its outputs had another length, or others judged them.
+    ConflictError when it is another model's, its outputs had another length, or others judged them. ``server`` is as
+    for ``evaluate``.
     """
     if not spec.benchmarks:
         raise InvalidInputError("no benchmark was named", fix="Name at least one, for example demo_news.")
@@ -45,12 +48,13 @@ def evaluate_to_directory(model: str, spec: EvaluationSpec, out: Path, settings:
             file.flush()
 
         scores = evaluate(
-            directory,
+            model,
             spec=spec,
             settings=settings,
             known=list(known),
             on_generations=keep,
             on_progress=lambda share: progress.update(task, completed=share),
+            server=server,
         )
     newest = {(generation.benchmark, generation.item_id): generation for generation in known}
     _replace(out / GENERATIONS, (newest[key].model_dump_json() for key in sorted(newest)))

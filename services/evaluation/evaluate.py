@@ -31,16 +31,18 @@ def evaluate(
     known: Iterable[Generation] = (),
     on_generations: Callable[[Sequence[Generation]], None] = lambda _: None,
     on_progress: Callable[[float], None] = lambda _: None,
+    server: str | None = None,
 ) -> list[Score]:
     """The scores of a model, benchmark after benchmark in the order of ``spec``.
 
     Items in ``known`` are not generated again, only judged by the metrics that they lack; ``on_generations`` gets
     whatever is new as its batch finishes, and ``on_progress`` the share that is done, 0 to 1. A metric or a benchmark
     that cannot be carried out has scores without a value, with the reason; EvaluationError when that is so of every
-    benchmark.
+    benchmark. ``server``: the address of one that serves the model and writes its greedy answers, as ``vllm serve``
+    does; likelihoods, samples and attention are computed here all the same.
     """
     directory = resolve_model(model, settings=settings)
-    loaded = load_model(directory)
+    loaded = load_model(directory, name=model, server=server)
     by_item = {(generation.benchmark, generation.item_id): generation for generation in known}
     scores: list[Score] = []
     failures: dict[str, Exception] = {}

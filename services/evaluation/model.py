@@ -1,28 +1,35 @@
 """The model under evaluation, loaded for inference."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer, GenerationConfig
 
 from services.contract.errors import ModelNotFoundError
+from services.evaluation.model_server import ModelServer
 from services.models.architecture import decoder_start, language_model_class
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """``window``: tokens that prompt and output may have together. ``eos_ids``: tokens that end an output."""
+    """``window``: tokens that prompt and output may have together. ``eos_ids``: tokens that end an output.
+
+    ``server``: who writes its answers; None where ``model`` does.
+    """
 
     model: Any
     tokenizer: Any
     window: int
     eos_ids: tuple[int, ...]
+    server: ModelServer | None = None
 
 
-def load_model(directory: str) -> LoadedModel:
+def load_model(directory: str, *, name: str = "", server: str | None = None) -> LoadedModel:
     """A language model, with an encoder or without, on the GPU in bfloat16 where there is one, else on the CPU in
     float32.
+
+    ``server``: the address of one that serves it, by its path or as ``name``, and writes its greedy answers.
     """
     on_gpu = torch.cuda.is_available()
     try:
@@ -42,7 +49,12 @@ def load_model(directory: str) -> LoadedModel:
         eos_token_id=list(eos_ids) or None, decoder_start_token_id=decoder_start(model)
     )
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
-    return LoadedModel(model=model, tokenizer=tokenizer, window=window, eos_ids=eos_ids)
+    loaded = LoadedModel(model=model, tokenizer=tokenizer, window=window, eos_ids=eos_ids)
+    if server is None:
+        return loaded
+    served = ModelServer(server, directory=directory, name=name or directory, eos_ids=eos_ids)
+    # A server shortens outputs without a word where its window ends.
+    return replace(loaded, server=served, window=min(window, served.window or window))
 
 
 def _eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:

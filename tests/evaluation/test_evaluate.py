@@ -248,3 +248,10 @@ def _spec(*names: str, limit: int | None = None) -> EvaluationSpec:
     return EvaluationSpec.model_validate(
         {"benchmarks": list(names), "limit": limit, "max_new_tokens": 6, "batch_size": 2}
     )
+
+
+def test_an_address_where_no_model_is_served_is_refused(tiny_model: Path, settings: Settings, tmp_path: Path) -> None:
+    spec = _spec("demo_news", limit=1)
+    with pytest.raises(EvaluationError, match=r"no model server answers at http://127\.0\.0\.1:9/v1") as caught:
+        evaluate_to_directory(str(tiny_model), spec, tmp_path / "out", settings, server="http://127.0.0.1:9/v1")
+    assert "vllm serve" in caught.value.fix
