@@ -75,7 +75,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         rows = growth()
         report("kd_loss_growth", title="peak memory of dense and fused loss, GiB", rows=rows)
-        plot_growth(rows, FOLDER / "kd_loss_growth.svg")
+        plot_growth(rows, path=FOLDER / "kd_loss_growth.svg")
 
 
 def growth() -> list[dict[str, Any]]:
@@ -89,7 +89,7 @@ def growth() -> list[dict[str, Any]]:
     return rows
 
 
-def plot_growth(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+def plot_growth(rows: Sequence[Mapping[str, Any]], *, path: Path) -> None:
     """Two panels, by positions and by vocabulary, of what ``growth`` measured."""
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)

@@ -62,10 +62,10 @@ VLLM_ON_CPU = {
 def main() -> None:
     model = model_directory()
     for dtype in ("float32", "bfloat16"):
-        compare(model, dtype)
+        compare(model, dtype=dtype)
 
 
-def compare(model: Path, dtype: str) -> None:
+def compare(model: Path, *, dtype: str) -> None:
     with ExitStack() as stack:
         # Without a cache: what is measured is computing.
         address, teacher_id = stack.enter_context(
@@ -76,8 +76,8 @@ def compare(model: Path, dtype: str) -> None:
             )
         )
         client = stack.enter_context(TeacherClient(address))
-        direct, bare = stack.enter_context(vllm_in_memory(model, dtype))
-        http = stack.enter_context(openai_server(model, dtype))
+        direct, bare = stack.enter_context(vllm_in_memory(model, dtype=dtype))
+        http = stack.enter_context(openai_server(model, dtype=dtype))
         top_k = LabelOptions(encoding="top_k", k=K)
         ways = [
             Way("smoothkd, exact, gRPC", teacher_id, lambda sequences: ask_teacher(client, sequences, LabelOptions())),
@@ -176,7 +176,7 @@ def ask_teacher(client: TeacherClient, sequences: Sequence[TokenSequence], optio
 
 
 @contextmanager
-def vllm_in_memory(model: Path, dtype: str) -> Iterator[tuple[Way, Way]]:
+def vllm_in_memory(model: Path, *, dtype: str) -> Iterator[tuple[Way, Way]]:
     """vLLM's generate runner in a process of its own, with log-probabilities and with none."""
     process = subprocess.Popen(
         [VLLM_PYTHON, "-m", "benchmarks.vllm_prompt_logprobs", str(model), str(MAX_LENGTH), dtype],
@@ -216,7 +216,7 @@ def vllm_in_memory(model: Path, dtype: str) -> Iterator[tuple[Way, Way]]:
 
 
 @contextmanager
-def openai_server(model: Path, dtype: str) -> Iterator[Way]:
+def openai_server(model: Path, *, dtype: str) -> Iterator[Way]:
     """``vllm serve``, asked by as many connections as there are sequences."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"

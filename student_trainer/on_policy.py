@@ -62,13 +62,15 @@ class OnPolicy:
     ) -> Iterator[list[int]]:
         device = model.device
         longest = max(example.prompt_length for example in examples)
+        # A decoder's prompts end in one column, where its responses begin; an encoder's positions count from the first.
+        apart = model.config.is_encoder_decoder
         input_ids_BT = torch.zeros(len(examples), longest, dtype=torch.int64)
         attention_mask_BT = torch.zeros_like(input_ids_BT)
         for row, example in enumerate(examples):
-            input_ids_BT[row, longest - example.prompt_length :] = torch.tensor(
-                example.token_ids[: example.prompt_length]
-            )
-            attention_mask_BT[row, longest - example.prompt_length :] = 1
+            length = example.prompt_length
+            columns = slice(length) if apart else slice(longest - length, None)
+            input_ids_BT[row, columns] = torch.tensor(example.token_ids[:length])
+            attention_mask_BT[row, columns] = 1
         seeds = [_seed(self.seed, step, example.index) for example in examples]
         generate: Any = model.generate
         output_BT = generate(
@@ -85,7 +87,7 @@ class OnPolicy:
             ],
         )
         # A decoder with an encoder repeats none of the prompt, only the token that it starts with.
-        for response in output_BT[:, 1 if model.config.is_encoder_decoder else longest :].tolist():
+        for response in output_BT[:, 1 if apart else longest :].tolist():
             ends = (place for place, token in enumerate(response, start=1) if token in self.stop_ids)
             yield response[: next(ends, budget)]
 

@@ -259,6 +259,7 @@ def _save(path: Path, spec: RunSpec, parts: _Parts, *, history: Sequence[Mapping
         steps=optimizer_steps(spec, examples=len(parts.examples)),
         losses={name: last[name] for name in ("loss", "hard_loss", "soft_loss") if name in last}
         | {name: value for name, value in history[-1].items() if name.startswith("held_out")},
+        task="text2text-generation" if parts.model.config.is_encoder_decoder else "text-generation",
     )
     write_whole(path / CARD, card)
     write_whole(path / RUN_FILE, spec_text(spec))

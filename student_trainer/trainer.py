@@ -84,7 +84,8 @@ class DistillationTrainer(Trainer):
         self._observables = Observables(self.accelerator.device)
         self._held_out = held_out
         self._held_out_collate = held_out_collate
-        self._flops_per_token = flops_per_token(model)
+        # A token passes through one half of an encoder-decoder or the other.
+        self._flops_per_token = None if model.config.is_encoder_decoder else flops_per_token(model)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
@@ -137,7 +138,8 @@ class DistillationTrainer(Trainer):
         if not math.isfinite(sums.total.item()):
             raise self._not_finite("loss", f", records {sorted(inputs['record_B'].tolist())}")
         decoded = len(inputs["record_B"]) if "on_policy" in inputs else 0
-        self._window.add(sums, tokens=inputs["attention_mask"].sum(), decoded=decoded)
+        tokens = inputs["attention_mask"].sum() + (sums.tokens if "decoder_input_ids" in inputs else 0)
+        self._window.add(sums, tokens=tokens, decoded=decoded)
         self._observables.add(sums)
         return sums
 
@@ -176,6 +178,8 @@ class DistillationTrainer(Trainer):
     def _own_metrics(self, *, tokens_per_second: float) -> dict[str, float]:
         metrics = self._observables.means(self.accelerator.reduce(self._observables.sums, reduction="sum").tolist())
         metrics["peak_memory_gib"] = peak_memory_gib(self.accelerator.device)
+        if self._flops_per_token is None:
+            return metrics
         utilization = model_flops_utilization(
             flops_per_token=self._flops_per_token,
             tokens_per_second=tokens_per_second,

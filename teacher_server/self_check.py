@@ -20,9 +20,12 @@ PROBE_TEXT = (
     "cancelled before the end of the month. def add(a, b): return a + b. ¿Qué hora es? 今日は。"
 )
 _PROBE_TOKENS = 48
-_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
-"""Root mean square of the error in centred logits, relative to the logits' own: 16-bit models round theirs. Between
-vLLM and transformers, both right, the 30 layers of SmolLM2-135M-Instruct add up to 2.1% in bfloat16.
+_TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2, "float16": 5e-3}
+"""Root mean square of the error in centred logits, relative to the logits' own: 16-bit models round theirs."""
+
+_OTHER_CODE = {"float32": 1.0, "bfloat16": 2.5, "float16": 2.5}
+"""Times that for an engine whose layers are not those of the reference and round in other places: between vLLM and
+transformers, both right, the 30 layers of SmolLM2-135M-Instruct add up to 2.1% in bfloat16.
 """
 
 
@@ -56,7 +59,7 @@ async def self_check(engine: Engine, *, label_dtype: str) -> SelfCheck:
     token_logprobs_T = np.take_along_axis(logprobs_TV, np.array(token_ids[1:])[:, None], axis=1)[:, 0]
     expected_P = token_logprobs_T[checked_positions(len(positions), "exact")]
     token_error = _relative_spread(scored.token_logprobs_P, expected_P, reference_TV)
-    tolerance = _TOLERANCE[card.weights_dtype]
+    tolerance = _TOLERANCE[card.weights_dtype] * (_OTHER_CODE[card.weights_dtype] if card.engine == "vllm" else 1.0)
     if not max(logit_error, token_error) <= tolerance:
         raise TeacherError(
             f"the labels of {card.model} would not be its own distribution: its head gives logits that are off by "

@@ -4,10 +4,16 @@ By itself vLLM leaves them behind when the process that started them is killed, 
 the teacher's next start needs.
 """
 
+import logging
 import os
 import select
 import signal
 import threading
+
+logger = logging.getLogger(__name__)
+
+PLUGIN = "smoothkd"
+"""Its name among vLLM's plugins."""
 
 TEACHER_PID = "SMOOTHKD_TEACHER_PID"
 """Environment variable by which a teacher's processes know it; without it vLLM serves somebody else."""
@@ -15,6 +21,12 @@ TEACHER_PID = "SMOOTHKD_TEACHER_PID"
 
 def end_with_teacher() -> None:
     """Kill this process once the teacher that it works for has ended, however that came."""
+    # vLLM forks on GPUs, and does not load plugins again in a process that was forked.
+    os.register_at_fork(after_in_child=_watch)
+    _watch()
+
+
+def _watch() -> None:
     teacher = int(os.environ.get(TEACHER_PID, 0))
     if teacher in (0, os.getpid()):
         return
@@ -22,13 +34,17 @@ def end_with_teacher() -> None:
         handle = os.pidfd_open(teacher)
     except ProcessLookupError:
         _end()
-        return
-    threading.Thread(target=_wait, args=(handle,), name="end-with-teacher", daemon=True).start()
+    except OSError as error:
+        logger.warning("this process will outlive a teacher that is killed: %s", error)
+    else:
+        threading.Thread(target=_wait, args=(handle,), name="end-with-teacher", daemon=True).start()
 
 
 def _wait(handle: int) -> None:
     # Readable once the process has ended; a number that another process gets later does not matter.
-    select.select([handle], [], [])
+    ended = select.poll()
+    ended.register(handle, select.POLLIN)
+    ended.poll()
     _end()
 
 

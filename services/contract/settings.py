@@ -94,6 +94,9 @@ class Settings(BaseSettings):
     judge_key: SecretStr | None = Field(
         default=None, description="Bearer key of the judge that labels summaries for smoothkd lens train."
     )
+    model_server_key: SecretStr | None = Field(
+        default=None, description="Bearer key of the server that writes answers for smoothkd evaluate --server."
+    )
     log_format: Literal["text", "json"] = Field(default="text", description="How services log to stderr.")
 
     lease_seconds: float = Field(default=30.0, gt=0, description="A stage whose worker is silent this long is retried.")

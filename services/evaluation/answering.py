@@ -48,7 +48,7 @@ def encode_requests(requests: Sequence[Request], *, loaded: LoadedModel, max_new
     A source that does not fit into the model's window beside ``max_new_tokens`` loses its end, and a warning says how
     many did. InvalidInputError when the window leaves no room for any source.
     """
-    limit = loaded.window - max_new_tokens
+    limit = loaded.answer_window - max_new_tokens
     prompts = []
     shortened = 0
     for request in requests:
@@ -62,7 +62,7 @@ def encode_requests(requests: Sequence[Request], *, loaded: LoadedModel, max_new
             "%d of %d articles are longer than the model's window of %d tokens allows and were cut at the end",
             shortened,
             len(requests),
-            loaded.window,
+            loaded.answer_window,
         )
     return prompts
 
@@ -88,7 +88,8 @@ def answer(
         batch = [prompts[index] for index in chosen]
         outputs: list[tuple[str, MeasuredSummary | None]]
         if loaded.server is not None:
-            texts = loaded.server.complete([prompt.ids for prompt in batch], max_new_tokens=max_new_tokens)
+            ids = [prompt.ids for prompt in batch]
+            texts = loaded.server.complete(ids, max_new_tokens=max_new_tokens, stop_ids=loaded.eos_ids)
             outputs = [(text.strip(), None) for text in texts]
         elif measure and all(prompt.context_tokens for prompt in batch):
             generated = _generate_measured(batch, loaded=loaded, max_new_tokens=max_new_tokens)
@@ -131,7 +132,8 @@ def _shorten(request: Request, excess: int, *, loaded: LoadedModel, limit: int) 
         source = source[:-excess]
         if not source:
             raise InvalidInputError(
-                f"the model's window of {loaded.window} tokens leaves no room for an article beside prompt and output",
+                f"the model's window of {loaded.answer_window} tokens leaves no room for an article beside prompt and "
+                "output",
                 fix="Lower evaluation.max_new_tokens, or choose a model with a longer window.",
             )
         # A cut inside a character leaves a replacement character behind.
@@ -154,11 +156,14 @@ def _generate(
 ) -> list[list[int]]:
     """Left-padded, so that every output starts in the same column; padding is masked by length, not by its id."""
     width = max(map(len, prompts))
+    # An encoder's outputs start elsewhere, and some count positions from the first column on.
+    apart = loaded.model.config.is_encoder_decoder
     ids_BT = torch.full((len(prompts), width), _pad_id(loaded), dtype=torch.long)
     mask_BT = torch.zeros_like(ids_BT)
     for row, prompt in enumerate(prompts):
-        ids_BT[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask_BT[row, width - len(prompt) :] = 1
+        columns = slice(len(prompt)) if apart else slice(width - len(prompt), None)
+        ids_BT[row, columns] = torch.tensor(prompt)
+        mask_BT[row, columns] = 1
     device = loaded.model.device
     # A top_k of 0 turns off the library's own cut after the 50 likeliest tokens.
     how = {"do_sample": True, "temperature": 1.0, "top_k": 0} if sampled else {"do_sample": False}
@@ -170,7 +175,7 @@ def _generate(
         **how,
     )
     # A decoder with an encoder repeats none of the prompt, only the token that it starts with.
-    first = 1 if loaded.model.config.is_encoder_decoder else width
+    first = 1 if apart else width
     rows: list[list[int]] = generated_BT[:, first:].tolist()
     return rows
 

@@ -20,6 +20,9 @@ GENERATIONS = "generations.jsonl"
 SCORES = "scores.json"
 SUBJECT = "evaluated.json"
 
+OWN = "transformers"
+"""Who answers where no server does."""
+
 
 def evaluate_to_directory(
     model: str, spec: EvaluationSpec, out: Path, settings: Settings, *, server: str | None = None
@@ -34,7 +37,7 @@ def evaluate_to_directory(
         raise InvalidInputError("no benchmark was named", fix="Name at least one, for example demo_news.")
     directory = resolve_model(model, settings=settings)
     out.mkdir(parents=True, exist_ok=True)
-    _claim(out, directory=Path(directory), spec=spec)
+    _claim(out, directory=Path(directory), spec=spec, server=server)
     known = _read_generations(out / GENERATIONS)
     with (
         (out / GENERATIONS).open("a", encoding="utf-8") as file,
@@ -62,7 +65,7 @@ def evaluate_to_directory(
     return scores
 
 
-def _claim(out: Path, *, directory: Path, spec: EvaluationSpec) -> None:
+def _claim(out: Path, *, directory: Path, spec: EvaluationSpec, server: str | None) -> None:
     """Notes whose outputs these are: the weights by size and time, which is quick and changes when they do."""
     weights = sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")])
     subject = {
@@ -70,11 +73,18 @@ def _claim(out: Path, *, directory: Path, spec: EvaluationSpec) -> None:
         "weights": {file.name: [(stat := file.stat()).st_size, stat.st_mtime_ns] for file in weights},
         "max_new_tokens": spec.max_new_tokens,
     }
+    answered_by = server or OWN
     judged_by = _judged_by(spec)
     claimed = out / SUBJECT
     before = json.loads(claimed.read_text(encoding="utf-8")) if claimed.exists() else None
     if before is not None:
         earlier = before.pop("judged_by", {})
+        if (by := before.pop("answered_by", OWN)) != answered_by:
+            # They may round otherwise, and so write other words.
+            raise ConflictError(
+                f"{out} holds answers by {by}, not by {answered_by}",
+                fix="Choose another directory, or have the rest answered as before.",
+            )
         for metric in sorted(earlier.keys() & judged_by.keys()):
             if earlier[metric] != judged_by[metric]:
                 raise ConflictError(
@@ -92,7 +102,7 @@ def _claim(out: Path, *, directory: Path, spec: EvaluationSpec) -> None:
         raise ConflictError(
             f"{out / GENERATIONS} exists, and nothing says which model wrote it", fix="Choose another directory."
         )
-    _replace(claimed, [json.dumps({**subject, "judged_by": judged_by}, indent=2)])
+    _replace(claimed, [json.dumps({**subject, "answered_by": answered_by, "judged_by": judged_by}, indent=2)])
 
 
 def _judged_by(spec: EvaluationSpec) -> dict[str, str]:

@@ -16,6 +16,7 @@ from services.evaluation.calibration import wrong_nll
 from services.evaluation.items import answer_items, mean_score
 from services.evaluation.metrics import describe, load_metrics, metric_names
 from services.evaluation.model import LoadedModel, load_model
+from services.evaluation.model_server import ModelServer
 from services.evaluation.multiple_choice import ChoiceItem, answer_multiple_choice, metrics_of
 from services.evaluation.question_answering import INSTRUCTION
 from services.models.resolve import resolve_model
@@ -42,7 +43,7 @@ def evaluate(
     does; likelihoods, samples and attention are computed here all the same.
     """
     directory = resolve_model(model, settings=settings)
-    loaded = load_model(directory, name=model, server=server)
+    loaded = load_model(directory, server=None if server is None else _served(model, directory, server, settings))
     by_item = {(generation.benchmark, generation.item_id): generation for generation in known}
     scores: list[Score] = []
     failures: dict[str, Exception] = {}
@@ -64,6 +65,11 @@ def evaluate(
             fix=next((error.fix for error in failures.values() if isinstance(error, SmoothKDError)), ""),
         )
     return scores
+
+
+def _served(model: str, directory: str, url: str, settings: Settings) -> ModelServer:
+    key = settings.model_server_key.get_secret_value() if settings.model_server_key else None
+    return ModelServer(url, directory=directory, name=model, key=key)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,6 +49,8 @@ def load_factual_rate(named: str | None, *, loaded: LoadedModel, name: str) -> F
     every student (``Lens.check_model``). InvalidInputError where none fits, UnsupportedError for a model whose
     attention cannot be read.
     """
+    if loaded.model.config.is_encoder_decoder:
+        raise UnsupportedError("no attention of an encoder-decoder weighs the prompt against the answer")
     fingerprint = fingerprint_model(loaded.model)
     lenses = [load_lens(named)] if named else [load_lens(shipped) for shipped in SHIPPED]
     fitting = [lens for lens in lenses if lens.fingerprint.relation(fingerprint) is not None]

@@ -1,6 +1,6 @@
 """The model under evaluation, loaded for inference."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from services.models.architecture import decoder_start, language_model_class
 class LoadedModel:
     """``window``: tokens that prompt and output may have together. ``eos_ids``: tokens that end an output.
 
-    ``server``: who writes its answers; None where ``model`` does.
+    ``server``: who writes its answers; None where ``model`` does. ``answer_window``: the window of whoever does.
     """
 
     model: Any
@@ -24,12 +24,17 @@ class LoadedModel:
     eos_ids: tuple[int, ...]
     server: ModelServer | None = None
 
+    @property
+    def answer_window(self) -> int:
+        # A server shortens outputs without a word where its window ends.
+        return min(self.window, (self.server and self.server.window) or self.window)
 
-def load_model(directory: str, *, name: str = "", server: str | None = None) -> LoadedModel:
+
+def load_model(directory: str, *, server: ModelServer | None = None) -> LoadedModel:
     """A language model, with an encoder or without, on the GPU in bfloat16 where there is one, else on the CPU in
     float32.
 
-    ``server``: the address of one that serves it, by its path or as ``name``, and writes its greedy answers.
+    ``server``: one that serves it, and writes its greedy answers.
     """
     on_gpu = torch.cuda.is_available()
     try:
@@ -49,12 +54,7 @@ def load_model(directory: str, *, name: str = "", server: str | None = None) -> 
         eos_token_id=list(eos_ids) or None, decoder_start_token_id=decoder_start(model)
     )
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
-    loaded = LoadedModel(model=model, tokenizer=tokenizer, window=window, eos_ids=eos_ids)
-    if server is None:
-        return loaded
-    served = ModelServer(server, directory=directory, name=name or directory, eos_ids=eos_ids)
-    # A server shortens outputs without a word where its window ends.
-    return replace(loaded, server=served, window=min(window, served.window or window))
+    return LoadedModel(model=model, tokenizer=tokenizer, window=window, eos_ids=eos_ids, server=server)
 
 
 def _eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:

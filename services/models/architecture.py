@@ -9,7 +9,12 @@ from services.contract.errors import UnsupportedError
 
 def language_model_class(directory: str) -> Any:
     """The class whose ``from_pretrained`` loads the model in ``directory`` with its output head."""
-    return AutoModelForSeq2SeqLM if AutoConfig.from_pretrained(directory).is_encoder_decoder else AutoModelForCausalLM
+    return AutoModelForSeq2SeqLM if has_encoder(directory) else AutoModelForCausalLM
+
+
+def has_encoder(directory: str) -> bool:
+    """Whether the model in ``directory`` reads prompts with an encoder of their own."""
+    return bool(AutoConfig.from_pretrained(directory).is_encoder_decoder)
 
 
 def decoder_start(model: Any) -> int | None:

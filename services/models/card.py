@@ -29,11 +29,18 @@ _METHODS = {
 
 
 def model_card(
-    spec: RunSpec, *, teacher_fingerprint: str | None, examples: int, steps: int, losses: Mapping[str, float]
+    spec: RunSpec,
+    *,
+    teacher_fingerprint: str | None,
+    examples: int,
+    steps: int,
+    losses: Mapping[str, float],
+    task: str = "text-generation",
 ) -> str:
     """The card of a run that has just ended, without scores: Markdown behind YAML metadata, as model hubs read it.
 
-    ``losses``: the last logged values by name, in nats per response token; ``examples``: records learnt from.
+    ``losses``: the last logged values by name, in nats per response token; ``examples``: records learnt from;
+    ``task``: what the hub calls what the model does.
     """
     from huggingface_hub import ModelCardData
 
@@ -41,7 +48,7 @@ def model_card(
         base_model=_hub_id(spec.student.model),
         datasets=[spec.dataset.path] if "/" in (_hub_id(spec.dataset.path) or "") else None,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=task,
         tags=["smoothkd", "knowledge-distillation"] if spec.needs_teacher else ["smoothkd"],
     )
     title = f"{Path(spec.student.model).name}, {spec.method}"
@@ -78,7 +85,7 @@ def write_scores(directory: Path, scores: Sequence[Score]) -> None:
     data.model_name = directory.absolute().parent.name
     data.eval_results = [
         EvalResult(
-            task_type="text-generation",
+            task_type=data.pipeline_tag or "text-generation",
             dataset_type=score.benchmark,
             dataset_name=score.benchmark,
             metric_type=score.metric,

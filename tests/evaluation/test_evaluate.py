@@ -255,3 +255,10 @@ def test_an_address_where_no_model_is_served_is_refused(tiny_model: Path, settin
     with pytest.raises(EvaluationError, match=r"no model server answers at http://127\.0\.0\.1:9/v1") as caught:
         evaluate_to_directory(str(tiny_model), spec, tmp_path / "out", settings, server="http://127.0.0.1:9/v1")
     assert "vllm serve" in caught.value.fix
+
+
+def test_answers_of_two_writers_are_not_mixed(tiny_model: Path, settings: Settings, tmp_path: Path) -> None:
+    spec = _spec("demo_news", limit=1)
+    evaluate_to_directory(str(tiny_model), spec, tmp_path / "out", settings)
+    with pytest.raises(ConflictError, match="holds answers by transformers, not by http://127"):
+        evaluate_to_directory(str(tiny_model), spec, tmp_path / "out", settings, server="http://127.0.0.1:9/v1")

@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    BartConfig,
+    PretrainedConfig,
+    T5Config,
+)
 
 from services.contract.errors import (
     InvalidInputError,
@@ -102,14 +109,21 @@ def test_a_teacher_whose_labels_are_not_its_own_refuses_to_serve(
         pass
 
 
-def test_an_encoder_decoder_is_no_teacher(model_of: Callable[[str], Path], tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(model_of("llama-untied"))
-    tokenizer.save_pretrained(tmp_path)
-    T5ForConditionalGeneration(T5Config(vocab_size=len(tokenizer), d_model=8, d_ff=8, num_layers=1)).save_pretrained(
-        tmp_path
-    )
+@pytest.mark.parametrize(
+    "config",
+    [
+        T5Config(vocab_size=320, d_model=8, d_ff=8, num_layers=1),
+        BartConfig(vocab_size=320, d_model=16, encoder_layers=1, decoder_layers=1),
+    ],
+    ids=["t5", "bart, which transformers also loads as half a decoder"],
+)
+def test_an_encoder_decoder_is_no_teacher(
+    config: PretrainedConfig, model_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    AutoTokenizer.from_pretrained(model_of("llama-untied")).save_pretrained(tmp_path)
+    AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path)
     options = TeacherOptions(model=str(tmp_path), engine="transformers", port=0)
-    with pytest.raises(UnsupportedError, match="no causal language model"), running_teacher(options):
+    with pytest.raises(UnsupportedError, match="is an encoder-decoder"), running_teacher(options):
         pass
 
 

@@ -2,25 +2,17 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from tokenizers import processors
-from transformers import (
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    BartConfig,
-    GenerationConfig,
-    MT5Config,
-    T5Config,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 
 from services.contract.distillation_spec import OnPolicySpec, StudentSpec
 from services.contract.errors import UnsupportedError
 from services.contract.records import MetricPoint
 from services.contract.settings import Settings
 from services.evaluation.answering import Request, answer, encode_requests
+from services.evaluation.lookback.features import load_lens_model
 from services.evaluation.model import load_model
 from student_trainer.data import Example, encode_examples, model_inputs
 from student_trainer.encoder_decoder import collate_apart
@@ -30,54 +22,20 @@ from student_trainer.readings import with_readings
 from student_trainer.student import final_hidden_states, load_student, output_head
 from student_trainer.train import train
 from tests.trainer.conftest import RECORDS
+from tests.trainer.encoder_decoders import ARCHITECTURES, START, make_encoder_decoder
 from tests.trainer.runs import MakeRun, assert_same_bits
-from tests.trainer.test_cross_tokenizer import ULD, expected_pairs, metaspace_tokenizer
+from tests.trainer.test_cross_tokenizer import ULD, expected_pairs
 from tests.trainer.test_universal import wasserstein
-
-_SMALL: dict[str, Any] = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
-ARCHITECTURES: dict[str, Callable[[int], Any]] = {
-    "t5-tied-scaled": lambda rows: T5Config(vocab_size=rows + 3, tie_word_embeddings=True, **_SMALL),
-    "mt5-untied-gated": lambda rows: MT5Config(vocab_size=rows, tie_word_embeddings=False, **_SMALL),
-    "bart": lambda rows: BartConfig(
-        vocab_size=rows,
-        d_model=32,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=64,
-        decoder_ffn_dim=64,
-        max_position_embeddings=256,
-        dropout=0.0,
-    ),
-}
-START = 0
 
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The directory of a tiny model; its tokenizer ends prompts as T5's does."""
+    """The directory of a tiny model of an architecture."""
     made: dict[str, Path] = {}
 
     def get(name: str) -> Path:
         if name not in made:
-            directory = made[name] = tmp_path_factory.mktemp(name)
-            tokenizer = metaspace_tokenizer()
-            eos = tokenizer.eos_token_id
-            tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-                single="$A <eos>", special_tokens=[("<eos>", eos)]
-            )
-            tokenizer.save_pretrained(directory)
-            config = ARCHITECTURES[name](len(tokenizer))
-            config.eos_token_id, config.pad_token_id, config.bos_token_id = eos, START, START
-            config.decoder_start_token_id, config.forced_eos_token_id = START, None
-            state = torch.get_rng_state()
-            torch.manual_seed(7)
-            model = AutoModelForSeq2SeqLM.from_config(config)
-            with torch.no_grad():
-                model.get_output_embeddings().weight.normal_(std=1.0)
-            torch.set_rng_state(state)
-            model.save_pretrained(directory)
+            made[name] = make_encoder_decoder(name, tmp_path_factory.mktemp(name))
         return made[name]
 
     return get
@@ -183,8 +141,6 @@ def test_a_decoder_alone_teaches_it_across_tokenizers(
 
 def mean_distance(student: Path, teacher: Path) -> float:
     """Sorted distances, from transformers' own logits in float64, per response token of RECORDS."""
-    from transformers import AutoModelForCausalLM
-
     tokenizers = [AutoTokenizer.from_pretrained(directory) for directory in (student, teacher)]
     own = AutoModelForSeq2SeqLM.from_pretrained(student, dtype=torch.float64)
     others = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float64)
@@ -233,9 +189,11 @@ def test_an_interrupted_run_with_adapters_and_held_out_records_gives_the_same_bi
     assert_same_bits(train(spec, out=tmp_path / "parts", settings=settings), whole)
 
 
-def test_greedy_responses_of_its_own_are_those_that_transformers_decodes(make: Callable[[str], Path]) -> None:
-    directory = make("t5-tied-scaled")
-    model = AutoModelForSeq2SeqLM.from_pretrained(directory, dtype=torch.float32).eval()
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_greedy_responses_of_its_own_are_those_that_transformers_decodes(
+    name: str, make: Callable[[str], Path]
+) -> None:
+    model = AutoModelForSeq2SeqLM.from_pretrained(make(name), dtype=torch.float32).eval()
     examples = [
         Example(index=index, token_ids=[*range(5, 5 + length), 1], prompt_length=length)
         for index, length in enumerate((9, 4, 6))
@@ -247,7 +205,8 @@ def test_greedy_responses_of_its_own_are_those_that_transformers_decodes(make: C
         max_length=64,
         stop_ids=(),
     )
-    for example, decoded in zip(examples, policy.decode(model, examples, step=0), strict=True):
+    found = policy.decode(model, examples, step=0)
+    for example, decoded in zip(examples, found, strict=True):
         prompt = example.token_ids[: example.prompt_length]
         expected = [START]
         for _ in range(7):
@@ -256,9 +215,10 @@ def test_greedy_responses_of_its_own_are_those_that_transformers_decodes(make: C
         assert decoded.token_ids == [*prompt, *expected[1:]]
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_it_is_evaluated_like_any_other(make: Callable[[str], Path], batch_size: int) -> None:
-    loaded = load_model(str(make("bart")))
+def test_it_is_evaluated_like_any_other(name: str, make: Callable[[str], Path], batch_size: int) -> None:
+    loaded = load_model(str(make(name)))
     requests = [
         Request(item_id=str(count), instruction="Summarize.", source="ferry harbour " * count, reference="")
         for count in (1, 4, 2)
@@ -281,6 +241,13 @@ def test_it_is_evaluated_like_any_other(make: Callable[[str], Path], batch_size:
                 if ids[-1] in loaded.eos_ids:
                     break
         assert one.output == loaded.tokenizer.decode(ids[1:], skip_special_tokens=True).strip()
+
+
+def test_a_lens_of_it_is_refused(make: Callable[[str], Path], settings: Settings) -> None:
+    """Of BART transformers would load half a decoder, with a head of random weights."""
+    for name in ARCHITECTURES:
+        with pytest.raises(UnsupportedError, match="no attention of it weighs"):
+            load_lens_model(str(make(name)), settings=settings)
 
 
 def test_packing_is_refused(make: Callable[[str], Path], make_run: MakeRun, settings: Settings, tmp_path: Path) -> None:

@@ -12,11 +12,12 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from services.contract.errors import InvalidInputError
+from services.contract.errors import InvalidInputError, UnsupportedError
 from services.contract.settings import Settings
 from services.evaluation.lookback.examples import Characters, Example, encode_example
 from services.evaluation.lookback.fingerprint import ModelFingerprint, fingerprint_model
 from services.evaluation.lookback.measure import measure_answers
+from services.models.architecture import has_encoder
 from services.models.resolve import resolve_model
 
 Array = NDArray[np.float32]
@@ -51,8 +52,16 @@ class LensModel:
 
 
 def load_lens_model(name: str, *, settings: Settings, revision: str | None = None) -> LensModel:
-    """The model by directory or name, in float32 on a CPU and in its own precision on a GPU."""
+    """The model by directory or name, in float32 on a CPU and in its own precision on a GPU.
+
+    UnsupportedError for an encoder-decoder.
+    """
     directory = resolve_model(name, revision=revision, settings=settings)
+    if has_encoder(directory):
+        raise UnsupportedError(
+            f"{name} is an encoder-decoder: no attention of it weighs the prompt against the answer",
+            fix="Choose a decoder such as Llama, Qwen or Gemma, or another detector.",
+        )
     on_gpu = torch.cuda.is_available()
     model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype="auto" if on_gpu else torch.float32)
     model = model.to("cuda" if on_gpu else "cpu").eval()
