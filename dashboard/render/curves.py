@@ -18,6 +18,8 @@ CURVES = {
     "held_out_ece": "Calibration error on held-out records",
     "held_out_loss": "Loss on held-out records",
     "held_out_accuracy": "Accuracy of next tokens on held-out records",
+    "on_policy_share": "Steps on the student's own responses (share)",
+    "decoded_tokens": "Length of the student's own responses (tokens)",
     "learning_rate": "Learning rate",
     "grad_norm": "Gradient norm",
     "tokens_per_second": "Tokens per second",
@@ -38,6 +40,7 @@ GROUPS = {
         "held_out_loss",
         "held_out_accuracy",
     ),
+    "The student's own responses": ("on_policy_share", "decoded_tokens"),
     "Optimizer": ("learning_rate", "grad_norm"),
     "Speed and memory": ("tokens_per_second", "label_wait_seconds", "label_cache_hits", "peak_memory_gib", "mfu"),
 }
