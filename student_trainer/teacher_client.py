@@ -4,7 +4,6 @@ Requests outlive the teacher: while none answers the client asks again, and afte
 sequences that are still missing, so that every sequence arrives exactly once.
 """
 
-import logging
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +14,6 @@ import grpc
 
 from services.contract.errors import (
     CancelledError,
-    HandshakeError,
     InvalidInputError,
     LabelMismatchError,
     StudentHeadMissingError,
@@ -36,6 +34,7 @@ from services.contract.teacher_channel import CLIENT_KEY, TeacherAccess, open_te
 from student_trainer.alignment import check_scored
 from student_trainer.handshake import PROBE_TEXTS, StudentTokenizer, require_shared_tokenizer
 from student_trainer.lm_head_cache import cached_lm_head
+from student_trainer.loaded_weights import LoadedWeights
 from student_trainer.patience import Patience
 from student_trainer.student_head import MOST_REPLICAS, StudentHead
 from student_trainer.teacher_errors import translate
@@ -43,8 +42,6 @@ from student_trainer.teacher_info import TeacherInfo, teacher_info
 from student_trainer.teacher_loading import load_on_every_replica
 from student_trainer.teacher_requests import generate_request, one_request, read_continuation, score_request
 from student_trainer.tracing import traced_stream
-
-log = logging.getLogger(__name__)
 
 Item = TypeVar("Item", TokenSequence, Prompt)
 Answer = TypeVar("Answer", ScoredSequence, Continuation)
@@ -80,8 +77,7 @@ class TeacherClient:
         self._closed = threading.Event()
         self._warned: set[str] = set()
         self._info: TeacherInfo | None = None
-        self._loaded: pb.LoadModelResponse | None = None
-        self._loaded_as = ""
+        self._weights = LoadedWeights(self._load_on_every_replica, address=address)
         self._student_head: StudentHead | None = None
 
     def __enter__(self) -> "TeacherClient":
@@ -102,10 +98,9 @@ class TeacherClient:
         absolute. From now on this client asks for these weights alone, and has them loaded again when the teacher went
         over to others meanwhile. Waits for its turn while students use another teacher at the same address.
         """
-        self._loaded = self._load_on_every_replica(model)
-        self._loaded_as = model
+        name = self._weights.load(model)
         self._info = None
-        return self._loaded.model
+        return name
 
     def handshake(self, tokenizer: StudentTokenizer, model_name: str = "", encoding: Encoding = "exact") -> TeacherInfo:
         """The teacher, once it is certain to serve ``model_name`` with the student's own tokenizer.
@@ -202,9 +197,9 @@ class TeacherClient:
             response: pb.GetTeacherResponse = self._patiently(
                 lambda: self._stub.GetTeacher(request, timeout=self._timeout_seconds)
             )
-            if self._loaded is None or response.fingerprint == self._loaded.fingerprint:
+            if self._weights.are_served(response):
                 return response
-            self._load_again(self._loaded)
+            self._weights.load_again()
 
     def _load_on_every_replica(self, model: str) -> pb.LoadModelResponse:
         return load_on_every_replica(
@@ -215,24 +210,6 @@ class TeacherClient:
             closed=self._closed,
         )
 
-    def _load_again(self, loaded: pb.LoadModelResponse) -> None:
-        again = self._load_on_every_replica(self._loaded_as)
-        if again.fingerprint != loaded.fingerprint:
-            raise HandshakeError(
-                f"the weights of {again.model} have changed while they were in use: their fingerprint is "
-                f"{again.fingerprint} and was {loaded.fingerprint}",
-                fix="Start the run again; write other weights to another directory.",
-            )
-
-    def _has_loaded_again(self, error: grpc.RpcError) -> bool:
-        """Whether the request failed because the teacher went over to other weights, and it is back now."""
-        told = translate(error, address=self.address)
-        if self._loaded is None or not isinstance(told, HandshakeError):
-            return False
-        log.info("%s; having %s loaded again", told.what, self._loaded.model)
-        self._load_again(self._loaded)
-        return True
-
     def _patiently(self, attempt: Callable[[], Any]) -> Any:
         patience = self._patience()
         while True:
@@ -241,7 +218,7 @@ class TeacherClient:
                 return attempt()
             except grpc.RpcError as error:
                 self._require_open()
-                if not self._has_loaded_again(error):
+                if not self._weights.are_back(error):
                     patience.wait_or_raise(error)
 
     def _patience(self) -> Patience:
@@ -288,7 +265,7 @@ class TeacherClient:
             except grpc.RpcError as error:
                 self._require_open()
                 sent = self._sent_missing_head(error, patience, missed_at=head_sent)
-                if not sent and not self._has_loaded_again(error):
+                if not sent and not self._weights.are_back(error):
                     patience.wait_or_raise(error)
             else:
                 if asked:

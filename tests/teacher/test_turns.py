@@ -124,5 +124,5 @@ def test_every_replica_is_told(folder: Folder) -> None:
             other.load_model("")
             for _ in range(4):
                 assert len(list(student.score(SEQUENCES))) == len(SEQUENCES)
-            other._loaded = other._info = None
-            assert other.describe().fingerprint == tuned
+        with TeacherClient(second) as later:
+            assert later.describe().fingerprint == tuned
