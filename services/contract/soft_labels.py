@@ -26,7 +26,7 @@ MAX_REQUEST_BYTES = 4 * 1024 * 1024
 """Largest gRPC message a teacher accepts: 1024 sequences of 800 tokens, most of them labelled. Clients send several."""
 
 
-CHECKED_POSITIONS = 32
+CHECKED_POSITIONS = 8
 """Of one sequence of exact labels: as many actual tokens' log-probabilities come with them."""
 
 

@@ -32,7 +32,7 @@ SECONDS_BETWEEN_RECORDS = 2.0
 """How long uses and counts gather before the index notes them: a hit itself writes nothing."""
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
-_KEY_VERSION = 2
+_KEY_VERSION = 3
 
 
 def label_key(*, fingerprint: str, sequence_hash: bytes, options: LabelOptions, label_dtype: str) -> str:

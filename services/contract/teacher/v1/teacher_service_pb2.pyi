@@ -515,7 +515,7 @@ class ScoreSequencesResponse(_message.Message):
     @_builtins.property
     def token_logprobs(self) -> Global___Tensor:
         """Teacher's log-probability at temperature 1 of the token at label positions: float32, of all N, but with exact labels
-        of at most 32, evenly spread: position round(i * (N - 1) / 31) for i from 0 to 31, halves to even.
+        of at most 8, evenly spread: position round(i * (N - 1) / 7) for i from 0 to 7, halves to even.
         """
 
     @_builtins.property
