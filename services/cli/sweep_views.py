@@ -16,6 +16,9 @@ from services.contract.spec import SweepSpec
 from services.contract.states import ENDED, State
 
 console = Console()
+METRICS_ACROSS = 4
+"""As many fit beside each other into a terminal of 80 columns."""
+
 STATE_STYLE = {
     State.QUEUED: "dim",
     State.RUNNING: "cyan",
@@ -150,15 +153,26 @@ def run_labels(runs: list[RunRecord]) -> dict[str, str]:
 
 
 def summary_table(summary: Summary) -> Table:
-    """Mean±std over learning rate x batch size x seed per method; the best of each column is bold."""
-    columns = list(dict.fromkeys((cell.benchmark, cell.metric) for row in summary.rows for cell in row.cells))
+    """Mean±std over learning rate x batch size x seed per method; the best by each metric is bold.
+
+    A row per method, or per metric where there are more of them than a terminal has room for.
+    """
+    metrics = list(dict.fromkeys((cell.benchmark, cell.metric) for row in summary.rows for cell in row.cells))
+    cells = [{(cell.benchmark, cell.metric): cell for cell in row.cells} for row in summary.rows]
+    runs = [f"{row.ended}/{row.runs}" for row in summary.rows]
+    if len(metrics) > METRICS_ACROSS:
+        table = Table("benchmark", "metric", title="SFT against KD", title_justify="left")
+        for row, ended in zip(summary.rows, runs, strict=True):
+            table.add_column(f"{row.method}\n{ended} runs", justify="right")
+        for benchmark, metric in metrics:
+            shown = [_cell_text(of_method.get((benchmark, metric))) for of_method in cells]
+            table.add_row(benchmark, metric_title(metric), *shown)
+        return table
     table = Table("method", "runs", title="SFT against KD", title_justify="left")
-    for benchmark, metric in columns:
+    for benchmark, metric in metrics:
         table.add_column(f"{benchmark}\n{metric_title(metric)}", justify="right")
-    for row in summary.rows:
-        cells = {(cell.benchmark, cell.metric): cell for cell in row.cells}
-        shown = [_cell_text(cells.get(column)) for column in columns]
-        table.add_row(row.method, f"{row.ended}/{row.runs}", *shown)
+    for row, ended, of_method in zip(summary.rows, runs, cells, strict=True):
+        table.add_row(row.method, ended, *(_cell_text(of_method.get(metric)) for metric in metrics))
     return table
 
 

@@ -168,6 +168,40 @@ def test_summary_table_marks_the_best_and_says_why_a_metric_is_missing():
     assert "\x1b[1;32m21.00" in styled
 
 
+def test_a_summary_of_many_metrics_is_whole_in_80_columns():
+    from rich.console import Console
+
+    from services.cli.sweep_views import summary_table
+    from services.contract.metric_words import metric_title
+
+    named = [
+        (benchmark, metric)
+        for benchmark in ("cnn_dailymail", "xsum")
+        for metric in ("rouge_l", "factual_rate", "support")
+    ]
+    rows = [
+        SummaryRow(
+            method=f"KD alpha={alpha:g}",
+            alpha=alpha,
+            runs=30,
+            ended=30,
+            cells=[
+                SummaryCell(benchmark=benchmark, metric=metric, mean=10.0 * alpha + place, std=1.25, runs=30)
+                for place, (benchmark, metric) in enumerate(named)
+            ],
+        )
+        for alpha in (0.1, 1.0, 2.0)
+    ]
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(summary_table(Summary(sweep_id="sw-1", state=State.SUCCEEDED, rows=rows)))
+    console.file.close()
+    lines = [[part.strip() for part in line.split("│")[1:-1]] for line in console.export_text().splitlines()]
+    assert [line for line in lines if line] == [
+        [benchmark, metric_title(metric), *(f"{10.0 * alpha + place:.2f}±1.25" for alpha in (0.1, 1.0, 2.0))]
+        for place, (benchmark, metric) in enumerate(named)
+    ]
+
+
 def test_a_sweep_names_its_judges_from_where_its_file_lies(tmp_path):
     from services.cli.sweep_views import with_absolute_paths
     from services.contract.spec_reading import parse_sweep
