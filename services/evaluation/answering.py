@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,12 +11,16 @@ import torch
 
 from services.contract.errors import InvalidInputError, UnsupportedError
 from services.contract.prompt import encode_prompt
+from services.evaluation.batches import by_length
 from services.evaluation.lookback.examples import decode_answer, encode_document
 from services.evaluation.lookback.features import MeasuredSummary
 from services.evaluation.lookback.measure import MeasuredAnswer, Prompt, generate_measured
 from services.evaluation.model import LoadedModel
 
 log = logging.getLogger(__name__)
+
+TOKENS_PER_PROMPT = 1024
+"""A batch has room for prompts of this length: one article of many pages would pad all beside it to its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,13 +83,15 @@ def answer(
 ) -> Iterator[list[Answer]]:
     """Each batch's answers as soon as the batch is done; the longest prompts come first.
 
+    ``batch_size`` answers are written at a time, fewer where prompts are longer than TOKENS_PER_PROMPT.
     With ``measure`` the lookback ratios of every answer are read while it is generated; the answers are the same. A
     server that writes the answers reads none.
     """
+    # A server makes its own batches.
+    most_tokens = sys.maxsize if loaded.server else batch_size * TOKENS_PER_PROMPT
     # Longest first: a batch that does not fit into memory fails at once, not after an hour.
-    order = sorted(range(len(requests)), key=lambda index: -len(prompts[index].ids))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    lengths = [len(prompt.ids) for prompt in prompts]
+    for chosen in by_length(lengths, most_tokens=most_tokens, most_rows=batch_size):
         batch = [prompts[index] for index in chosen]
         outputs: list[tuple[str, MeasuredSummary | None]]
         if loaded.server is not None:

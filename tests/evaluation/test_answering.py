@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from services.contract.errors import InvalidInputError, ModelNotFoundError
 from services.contract.prompt import encode_prompt
+from services.evaluation import answering
 from services.evaluation.answering import Request, answer, encode_requests
 from services.evaluation.model import LoadedModel, load_model
 
@@ -43,6 +44,18 @@ def test_batches_of_any_size_give_the_outputs_of_plain_argmax(tiny_model: Path, 
         assert [len(batch) for batch in batches] == {1: [1] * 5, 2: [2, 2, 1], 5: [5]}[batch_size]
         assert {item.item_id: output for batch in batches for item, output in batch} == expected
         assert next(iter(batches))[0][0].item_id == "9"
+
+
+def test_long_prompts_share_batches_with_fewer_others(
+    loaded: LoadedModel, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is room for four prompts of five words; the longest takes most of it."""
+    monkeypatch.setattr(answering, "TOKENS_PER_PROMPT", _prompt_length(tiny_model, "ferry " * 5))
+    items = [_item(str(count), "ferry " * count) for count in (1, 2, 60, 3, 4, 5)]
+    batches = list(_answers(items, loaded=loaded, max_new_tokens=4, batch_size=4))
+    assert [[item.item_id for item, _ in batch] for batch in batches] == [["60"], ["5", "4", "3", "2"], ["1"]]
+    for item, output in (answered for batch in batches for answered in batch):
+        assert output == _plain_greedy(tiny_model, item.source, tokens=4)
 
 
 def test_an_output_ends_where_the_model_ends_it(tiny_model: Path, tmp_path: Path) -> None:
