@@ -244,6 +244,11 @@ async def _load_engine(source: EngineSource, weights: Weights) -> Engine:
                 f"{weights.name} brings code of its own, which the teacher does not run unasked",
                 fix="Read that code; if you trust it, start the teacher with --trust-remote-code.",
             ) from error
+        if "AutoModelForCausalLM" in reason:
+            raise UnsupportedError(
+                f"{weights.name} is no causal language model, and only these can teach",
+                fix="Serve a decoder such as Llama, Qwen or Gemma.",
+            ) from error
         raise TeacherError(
             f"{weights.name} cannot be loaded: {reason}",
             fix="If memory ran out, there is no room for two models: start the teacher again with --model. Otherwise "

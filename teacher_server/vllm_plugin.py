@@ -34,7 +34,8 @@ def _watch() -> None:
         handle = os.pidfd_open(teacher)
     except ProcessLookupError:
         _end()
-    except OSError as error:
+    except (OSError, AttributeError) as error:
+        # Old kernels and some sandboxes have no such call, nor have systems other than Linux.
         logger.warning("this process will outlive a teacher that is killed: %s", error)
     else:
         threading.Thread(target=_wait, args=(handle,), name="end-with-teacher", daemon=True).start()

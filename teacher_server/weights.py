@@ -65,11 +65,13 @@ def find_weights(name: str, *, base: str | None, revision: str | None, settings:
             raise ModelNotFoundError(
                 f"{directory / ADAPTER_CONFIG} names no base model", fix="Name it with --base MODEL."
             )
-        resolved = _decoder(model, revision=revision, settings=settings)
+        resolved = Path(resolve_model(model, revision=revision, settings=settings))
+        _require_decoder(resolved, name=model)
         return weights_at(name, directory=resolved, adapter=directory.absolute(), revision=revision or "")
     if base is not None:
         raise InvalidInputError(f"{name} is no LoRA adapter, so it has no base", fix="Leave --base out.")
-    resolved = _decoder(name, revision=revision, settings=settings)
+    resolved = Path(resolve_model(name, revision=revision, settings=settings))
+    _require_decoder(resolved, name=name)
     return weights_at(name, directory=resolved, revision=revision or "")
 
 
@@ -100,19 +102,18 @@ def find_replacement(name: str, *, start: Weights, roots: Sequence[Path], settin
         _require_same_base(read_adapter(directory), start=start, adapter=directory, settings=settings)
         return weights_at(name, directory=start.directory, adapter=directory)
     check_model_directory(directory, revision=None)
+    _require_decoder(directory, name=name)
     _require_same_shape(directory, start.directory)
     return weights_at(name, directory=directory)
 
 
-def _decoder(name: str, *, revision: str | None, settings: Settings) -> Path:
-    """Where the model lies. transformers would load half of some encoder-decoders as a decoder."""
-    directory = Path(resolve_model(name, revision=revision, settings=settings))
+def _require_decoder(directory: Path, *, name: str) -> None:
+    """UnsupportedError for an encoder-decoder; of some transformers would load half, as a decoder."""
     if _read_json(directory / "config.json").get("is_encoder_decoder"):
         raise UnsupportedError(
             f"{name} is an encoder-decoder, and only decoders such as Llama, Qwen or Gemma can teach",
             fix="Serve one of these. Encoder-decoders such as T5 can be students.",
         )
-    return directory
 
 
 def weights_at(name: str, *, directory: Path, adapter: Path | None = None, revision: str = "") -> Weights:

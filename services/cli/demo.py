@@ -44,7 +44,7 @@ def run_demo(settings: Settings, *, sweep_file: Path | None, leave: bool) -> int
             _follow(api, sweep.id, supervisor)
             runs = api.all_runs(sweep.id)
             status = 0 if all(run.state == State.SUCCEEDED for run in runs) else 1
-            console.print(sweep_views.summary_table(api.summary(sweep.id)))
+            console.print(sweep_views.summary_table(api.summary(sweep.id), width=console.width))
             for run in runs:
                 if run.problem:
                     console.print(f"[red]{run.method}[/]: {escape(run.problem.what)}\n  {escape(run.problem.fix)}")

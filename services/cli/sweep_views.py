@@ -1,10 +1,12 @@
 """What the terminal shows of sweeps: lists, progress and the summary table."""
 
+import itertools
 import time
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
@@ -16,8 +18,7 @@ from services.contract.spec import SweepSpec
 from services.contract.states import ENDED, State
 
 console = Console()
-METRICS_ACROSS = 4
-"""As many fit beside each other into a terminal of 80 columns."""
+TITLE = "SFT against KD"
 
 STATE_STYLE = {
     State.QUEUED: "dim",
@@ -90,7 +91,7 @@ def show_sweep(api: ApiClient, sweep_id: str) -> None:
             *(_styled(run.state), trouble),
         )
     console.print(table)
-    console.print(summary_table(api.summary(sweep_id)))
+    console.print(summary_table(api.summary(sweep_id), width=console.width))
 
 
 def watch(api: ApiClient, sweep_id: str) -> int:
@@ -100,7 +101,7 @@ def watch(api: ApiClient, sweep_id: str) -> int:
         while not show_progress(bars, tasks, api.all_runs(sweep_id)):
             time.sleep(2)
     runs = api.all_runs(sweep_id)
-    console.print(summary_table(api.summary(sweep_id)))
+    console.print(summary_table(api.summary(sweep_id), width=console.width))
     for run in runs:
         if run.problem:
             console.print(f"[red]{run.method}[/] ({run.id}): {escape(run.problem.what)}\n  {escape(run.problem.fix)}")
@@ -152,35 +153,57 @@ def run_labels(runs: list[RunRecord]) -> dict[str, str]:
     return labels
 
 
-def summary_table(summary: Summary) -> Table:
+def summary_table(summary: Summary, *, width: int) -> Table:
     """Mean±std over learning rate x batch size x seed per method; the best by each metric is bold.
 
-    A row per method, or per metric where there are more of them than a terminal has room for.
+    A row per method, or per metric where ``width`` columns of a terminal have no room for that.
     """
     metrics = list(dict.fromkeys((cell.benchmark, cell.metric) for row in summary.rows for cell in row.cells))
-    cells = [{(cell.benchmark, cell.metric): cell for cell in row.cells} for row in summary.rows]
-    runs = [f"{row.ended}/{row.runs}" for row in summary.rows]
-    if len(metrics) > METRICS_ACROSS:
-        table = Table("benchmark", "metric", title="SFT against KD", title_justify="left")
-        for row, ended in zip(summary.rows, runs, strict=True):
-            table.add_column(f"{row.method}\n{ended} runs", justify="right")
-        for benchmark, metric in metrics:
-            shown = [_cell_text(of_method.get((benchmark, metric))) for of_method in cells]
-            table.add_row(benchmark, metric_title(metric), *shown)
+    table = _methods_down(summary, metrics)
+    if Measurement.get(console, console.options.update(width=10_000), table).maximum <= width:
         return table
-    table = Table("method", "runs", title="SFT against KD", title_justify="left")
+    return _metrics_down(summary, metrics)
+
+
+def _methods_down(summary: Summary, metrics: list[tuple[str, str]]) -> Table:
+    table = Table("method", "runs", title=TITLE, title_justify="left")
     for benchmark, metric in metrics:
         table.add_column(f"{benchmark}\n{metric_title(metric)}", justify="right")
-    for row, ended, of_method in zip(summary.rows, runs, cells, strict=True):
-        table.add_row(row.method, ended, *(_cell_text(of_method.get(metric)) for metric in metrics))
+    for row in summary.rows:
+        cells = {(cell.benchmark, cell.metric): cell for cell in row.cells}
+        table.add_row(row.method, f"{row.ended}/{row.runs}", *(_cell_text(cells.get(metric)) for metric in metrics))
     return table
 
 
-def _cell_text(cell: SummaryCell | None) -> str:
+def _metrics_down(summary: Summary, metrics: list[tuple[str, str]]) -> Table:
+    """A section per benchmark; why a metric is missing stands below, once."""
+    table = Table("", title=TITLE, title_justify="left", padding=(0, 0, 0, 1), caption_justify="left")
+    for row in summary.rows:
+        table.add_column(
+            f"{row.method.replace(' ', chr(10))}\n{row.ended}/{row.runs}", justify="right", overflow="fold"
+        )
+    reasons: dict[str, None] = {}
+    for benchmark, of_benchmark in itertools.groupby(metrics, key=lambda metric: metric[0]):
+        table.add_section()
+        table.add_row(f"[dim]{benchmark}[/]")
+        for metric in of_benchmark:
+            cells = [
+                next((cell for cell in row.cells if (cell.benchmark, cell.metric) == metric), None)
+                for row in summary.rows
+            ]
+            reasons |= {
+                f"{metric_title(metric[1])}: {escape(cell.missing)}": None for cell in cells if cell and cell.missing
+            }
+            table.add_row(metric_title(metric[1]), *(_cell_text(cell, with_reason=False) for cell in cells))
+    table.caption = "\n".join(reasons) or None
+    return table
+
+
+def _cell_text(cell: SummaryCell | None, *, with_reason: bool = True) -> str:
     if cell is None:
         return "–"
     if cell.mean is None:
-        return f"– ({escape(cell.missing)})" if cell.missing else "–"
+        return f"– ({escape(cell.missing)})" if cell.missing and with_reason else "–"
     text = f"{cell.mean:.2f}" if cell.std is None else f"{cell.mean:.2f}±{cell.std:.2f}"
     return f"[bold green]{text}[/]" if cell.best else text
 

@@ -144,7 +144,8 @@ def decode_labels(message: pb.ScoreSequencesResponse) -> ScoredSequence:
         raise LabelMismatchError(
             f"the labels of sequence {message.id!r} disagree about the number of positions: {lengths}, with "
             f"{len(token_logprobs_P)} log-probabilities of tokens instead of {checked}",
-            fix="The answer is damaged; restart the teacher.",
+            fix="Teacher and student may run different releases of smoothkd: update the older one. Otherwise the "
+            "answer is damaged; restart the teacher.",
         )
     for column in (token_logprobs_P, *columns):
         # A token of probability 0 has log-probability -inf; NaN is never right, and infinite states neither.

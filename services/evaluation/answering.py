@@ -89,7 +89,7 @@ def answer(
     """
     # A server makes its own batches.
     most_tokens = sys.maxsize if loaded.server else batch_size * TOKENS_PER_PROMPT
-    # Longest first: a batch that does not fit into memory fails at once, not after an hour.
+    # Longest first: what does not fit into memory fails early, not after an hour.
     lengths = [len(prompt.ids) for prompt in prompts]
     for chosen in by_length(lengths, most_tokens=most_tokens, most_rows=batch_size):
         batch = [prompts[index] for index in chosen]

@@ -14,6 +14,7 @@ from services.contract.evaluation_spec import EvaluationSpec
 from services.contract.records import Generation, Score
 from services.contract.settings import Settings
 from services.evaluation.evaluate import evaluate
+from services.evaluation.model_server import ModelServer
 from services.models.resolve import resolve_model
 
 GENERATIONS = "generations.jsonl"
@@ -30,14 +31,15 @@ def evaluate_to_directory(
     """The scores of a model, also in ``out`` beside the generations, one JSON object a line.
 
     A directory that an interrupted evaluation of the same model left is carried on, also with further metrics;
-    ConflictError when it is another model's, its outputs had another length, or others judged them. ``server`` is as
-    for ``evaluate``.
+    ConflictError when it is another model's, its outputs had another length, or others wrote or judged them.
+    ``server``: the address of one that serves the model and writes its answers, as ``vllm serve`` does.
     """
     if not spec.benchmarks:
         raise InvalidInputError("no benchmark was named", fix="Name at least one, for example demo_news.")
     directory = resolve_model(model, settings=settings)
+    asked = _server(server, model=model, directory=directory, settings=settings) if server else None
     out.mkdir(parents=True, exist_ok=True)
-    _claim(out, directory=Path(directory), spec=spec, server=server)
+    _claim(out, directory=Path(directory), spec=spec, server=asked)
     known = _read_generations(out / GENERATIONS)
     with (
         (out / GENERATIONS).open("a", encoding="utf-8") as file,
@@ -57,7 +59,7 @@ def evaluate_to_directory(
             known=list(known),
             on_generations=keep,
             on_progress=lambda share: progress.update(task, completed=share),
-            server=server,
+            server=asked,
         )
     newest = {(generation.benchmark, generation.item_id): generation for generation in known}
     _replace(out / GENERATIONS, (newest[key].model_dump_json() for key in sorted(newest)))
@@ -65,7 +67,12 @@ def evaluate_to_directory(
     return scores
 
 
-def _claim(out: Path, *, directory: Path, spec: EvaluationSpec, server: str | None) -> None:
+def _server(url: str, *, model: str, directory: str, settings: Settings) -> ModelServer:
+    key = settings.model_server_key.get_secret_value() if settings.model_server_key else None
+    return ModelServer(url, directory=directory, name=model, key=key)
+
+
+def _claim(out: Path, *, directory: Path, spec: EvaluationSpec, server: ModelServer | None) -> None:
     """Notes whose outputs these are: the weights by size and time, which is quick and changes when they do."""
     weights = sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")])
     subject = {
@@ -73,7 +80,8 @@ def _claim(out: Path, *, directory: Path, spec: EvaluationSpec, server: str | No
         "weights": {file.name: [(stat := file.stat()).st_size, stat.st_mtime_ns] for file in weights},
         "max_new_tokens": spec.max_new_tokens,
     }
-    answered_by = server or OWN
+    # Not its address, which may change; articles are cut to its window.
+    answered_by = f"a server with a window of {server.window} tokens" if server else OWN
     judged_by = _judged_by(spec)
     claimed = out / SUBJECT
     before = json.loads(claimed.read_text(encoding="utf-8")) if claimed.exists() else None

@@ -32,18 +32,17 @@ def evaluate(
     known: Iterable[Generation] = (),
     on_generations: Callable[[Sequence[Generation]], None] = lambda _: None,
     on_progress: Callable[[float], None] = lambda _: None,
-    server: str | None = None,
+    server: ModelServer | None = None,
 ) -> list[Score]:
     """The scores of a model, benchmark after benchmark in the order of ``spec``.
 
     Items in ``known`` are not generated again, only judged by the metrics that they lack; ``on_generations`` gets
     whatever is new as its batch finishes, and ``on_progress`` the share that is done, 0 to 1. A metric or a benchmark
     that cannot be carried out has scores without a value, with the reason; EvaluationError when that is so of every
-    benchmark. ``server``: the address of one that serves the model and writes its greedy answers, as ``vllm serve``
-    does; likelihoods, samples and attention are computed here all the same.
+    benchmark. ``server`` writes the greedy answers; likelihoods, samples and attention are computed here all the same.
     """
     directory = resolve_model(model, settings=settings)
-    loaded = load_model(directory, server=None if server is None else _served(model, directory, server, settings))
+    loaded = load_model(directory, server=server)
     by_item = {(generation.benchmark, generation.item_id): generation for generation in known}
     scores: list[Score] = []
     failures: dict[str, Exception] = {}
@@ -65,11 +64,6 @@ def evaluate(
             fix=next((error.fix for error in failures.values() if isinstance(error, SmoothKDError)), ""),
         )
     return scores
-
-
-def _served(model: str, directory: str, url: str, settings: Settings) -> ModelServer:
-    key = settings.model_server_key.get_secret_value() if settings.model_server_key else None
-    return ModelServer(url, directory=directory, name=model, key=key)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,7 +48,8 @@ class ModelServer:
 
     def __init__(self, url: str, *, directory: str, name: str, key: str | None = None) -> None:
         self.url = url.rstrip("/")
-        self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        # As bytes, which httpx takes as they are; in an error it would print them otherwise.
+        self._headers = {} if key is None else {b"Authorization": f"Bearer {key.strip()}".encode()}
         served = self._find(directory=directory, name=name)
         self._served_name = served.id
         self.window = served.max_model_len

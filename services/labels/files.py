@@ -214,7 +214,7 @@ class _Shard:
             self._file = pq.ParquetFile(path, page_checksum_verification=True)
             schema = self._file.schema_arrow
             if not schema.equals(SCHEMA) or (schema.metadata or {}).get(_IDENTITY) != identity.encode():
-                raise damaged(path, "it was written for other labels")
+                raise damaged(path, "it was written for other labels, or by another release of smoothkd")
             column = self._file.read(columns=["sequence_hash"], use_threads=False).column("sequence_hash")
         except _PARQUET_ERRORS as error:
             raise damaged(path, _first_line(error)) from None

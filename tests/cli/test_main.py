@@ -158,7 +158,7 @@ def test_summary_table_marks_the_best_and_says_why_a_metric_is_missing():
         ),
     ]
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(summary_table(Summary(sweep_id="sw-1", state=State.RUNNING, rows=rows)))
+    console.print(summary_table(Summary(sweep_id="sw-1", state=State.RUNNING, rows=rows), width=100))
     console.file.close()
     text = console.export_text(clear=False)
     assert "20.12±0.50" in text
@@ -168,38 +168,50 @@ def test_summary_table_marks_the_best_and_says_why_a_metric_is_missing():
     assert "\x1b[1;32m21.00" in styled
 
 
-def test_a_summary_of_many_metrics_is_whole_in_80_columns():
+def test_a_summary_of_many_methods_and_metrics_is_whole_in_80_columns():
     from rich.console import Console
 
     from services.cli.sweep_views import summary_table
     from services.contract.metric_words import metric_title
 
-    named = [
-        (benchmark, metric)
-        for benchmark in ("cnn_dailymail", "xsum")
-        for metric in ("rouge_l", "factual_rate", "support")
-    ]
+    def cell(benchmark, metric, mean):
+        missing = "no such model here" if mean is None else None
+        return SummaryCell(benchmark=benchmark, metric=metric, mean=mean, std=mean and 1.25, runs=6, missing=missing)
+
+    metrics = ("rouge_l", "factual_rate", "bertscore")
+    alphas = (0.0, 0.01, 0.1, 1.0, 10.0)
     rows = [
         SummaryRow(
             method=f"KD alpha={alpha:g}",
             alpha=alpha,
-            runs=30,
-            ended=30,
+            runs=6,
+            ended=6,
             cells=[
-                SummaryCell(benchmark=benchmark, metric=metric, mean=10.0 * alpha + place, std=1.25, runs=30)
-                for place, (benchmark, metric) in enumerate(named)
+                cell(benchmark, metric, None if metric == "bertscore" else 50 + place + step)
+                for benchmark in ("cnn_dailymail", "xsum")
+                for step, metric in enumerate(metrics)
             ],
         )
-        for alpha in (0.1, 1.0, 2.0)
+        for place, alpha in enumerate(alphas)
     ]
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(summary_table(Summary(sweep_id="sw-1", state=State.SUCCEEDED, rows=rows)))
+    console.print(summary_table(Summary(sweep_id="sw-1", state=State.SUCCEEDED, rows=rows), width=80))
     console.file.close()
-    lines = [[part.strip() for part in line.split("│")[1:-1]] for line in console.export_text().splitlines()]
-    assert [line for line in lines if line] == [
-        [benchmark, metric_title(metric), *(f"{10.0 * alpha + place:.2f}±1.25" for alpha in (0.1, 1.0, 2.0))]
-        for place, (benchmark, metric) in enumerate(named)
+    text = console.export_text()
+    shown = [[part.strip() for part in line.split("│")[1:-1]] for line in text.splitlines() if "│" in line]
+    assert shown == [
+        line
+        for benchmark in ("cnn_dailymail", "xsum")
+        for line in (
+            [benchmark, *[""] * 5],
+            [metric_title("rouge_l"), *(f"{50 + place:.2f}±1.25" for place in range(5))],
+            [metric_title("factual_rate"), *(f"{51 + place:.2f}±1.25" for place in range(5))],
+            [metric_title("bertscore"), *["–"] * 5],
+        )
     ]
+    assert text.count("no such model here") == 1
+    for alpha in alphas:
+        assert f"alpha={alpha:g}" in text
 
 
 def test_a_sweep_names_its_judges_from_where_its_file_lies(tmp_path):

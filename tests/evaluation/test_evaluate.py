@@ -260,5 +260,8 @@ def test_an_address_where_no_model_is_served_is_refused(tiny_model: Path, settin
 def test_answers_of_two_writers_are_not_mixed(tiny_model: Path, settings: Settings, tmp_path: Path) -> None:
     spec = _spec("demo_news", limit=1)
     evaluate_to_directory(str(tiny_model), spec, tmp_path / "out", settings)
-    with pytest.raises(ConflictError, match="holds answers by transformers, not by http://127"):
-        evaluate_to_directory(str(tiny_model), spec, tmp_path / "out", settings, server="http://127.0.0.1:9/v1")
+    claimed = tmp_path / "out" / "evaluated.json"
+    claim = json.loads(claimed.read_text())
+    claimed.write_text(json.dumps(claim | {"answered_by": "a server with a window of 512 tokens"}))
+    with pytest.raises(ConflictError, match="holds answers by a server with a window of 512 tokens, not by transform"):
+        evaluate_to_directory(str(tiny_model), spec, tmp_path / "out", settings)

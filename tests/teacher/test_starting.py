@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     BartConfig,
     PretrainedConfig,
     T5Config,
+    ViTConfig,
 )
 
 from services.contract.errors import (
@@ -138,6 +140,15 @@ def test_broken_weights_refuse_to_serve(model_of: Callable[[str], Path], tmp_pat
     model.save_pretrained(directory)
     options = TeacherOptions(model=str(directory), engine="transformers", port=0)
     with pytest.raises(TeacherError, match="not finite"), running_teacher(options):
+        pass
+
+
+def test_a_model_that_writes_no_text_is_no_teacher(model_of: Callable[[str], Path], tmp_path: Path) -> None:
+    AutoTokenizer.from_pretrained(model_of("llama-untied")).save_pretrained(tmp_path)
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    AutoModel.from_config(ViTConfig(image_size=16, patch_size=8, **small)).save_pretrained(tmp_path)
+    options = TeacherOptions(model=str(tmp_path), engine="transformers", port=0)
+    with pytest.raises(UnsupportedError, match="no causal language model"), running_teacher(options):
         pass
 
 
