@@ -98,6 +98,7 @@ def test_a_trained_student_is_that_of_a_plain_training_loop(
         AutoModelForSeq2SeqLM.from_pretrained(path, dtype=torch.float32) for path in (saved, directory, directory)
     )
     assert GenerationConfig.from_pretrained(saved).decoder_start_token_id == START
+    assert "pipeline_tag: text2text-generation\n" in (saved / "README.md").read_text()
     tokenizer = AutoTokenizer.from_pretrained(saved)
     examples = encode_examples(RECORDS, tokenizer, max_length=256)
     optimizer = torch.optim.AdamW(expected.parameters(), lr=spec.learning_rate, weight_decay=0.0)
