@@ -46,6 +46,9 @@ from student_trainer.teacher_client import TeacherClient
 MAX_LENGTH = 512
 K = 100
 ROUNDS = 4
+SETTLE_SECONDS = 4
+"""vLLM's processes look for work without a pause for 3 seconds after their last, at the next one's cost."""
+
 STREAMS = 4
 """Requests at a time: what a student keeps under way."""
 
@@ -111,6 +114,7 @@ def measure(workload: str, sequences: list[TokenSequence], ways: Sequence[Way]) 
     cpu_seconds: dict[str, list[float]] = {way.name: [] for way in ways}
     for round_number in range(ROUNDS + 1):
         for way in ways:
+            time.sleep(SETTLE_SECONDS)
             started, spent = time.perf_counter(), way.cpu_seconds()
             way.ask(sequences)
             if round_number:
