@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -18,7 +19,9 @@ MOST_POINTS = 1000
 
 
 def training_arguments(spec: RunSpec, checkpoints: Path, *, steps: int) -> TrainingArguments:
-    """``steps``: what ``optimizer_steps`` says. UnsupportedError for fp16 without a GPU."""
+    """``steps``: what ``optimizer_steps`` says. UnsupportedError for fp16 without a GPU, MissingExtraError for a
+    tracker that is not installed.
+    """
     training = spec.training
     if training.precision == "fp16" and training_device().type != "cuda":
         raise UnsupportedError("precision fp16 needs a GPU", fix="Set training.precision to fp32 or bf16.")
@@ -31,6 +34,14 @@ def training_arguments(spec: RunSpec, checkpoints: Path, *, steps: int) -> Train
         raise MissingExtraError(
             "training.deepspeed needs DeepSpeed, which is not installed", fix="pip install deepspeed"
         )
+    for tracker in training.report_to:
+        if importlib.util.find_spec(tracker) is None:
+            raise MissingExtraError(
+                f"training.report_to names {tracker}, which is not installed",
+                fix=f"Run pip install {tracker}, or leave it out; the dashboard shows the same curves.",
+            )
+    # The library would write beside the checkpoints, which go when the run has ended.
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(checkpoints.parent / "tensorboard")
     return TrainingArguments(
         output_dir=str(checkpoints),
         seed=spec.seed,

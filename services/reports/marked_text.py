@@ -12,9 +12,9 @@ from itertools import pairwise
 from services.contract.records import Span
 
 KINDS = {
-    "entity": "a name that the source does not contain",
-    "number": "a number that the source does not contain",
-    "word": "a word that the source does not contain",
+    "entity": "a name that the source does not support",
+    "number": "a number that the source does not support",
+    "word": "a word that the source does not support",
 }
 """What the legend says of each kind; other kinds are shown in a colour of their own under their own name."""
 
