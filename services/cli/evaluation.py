@@ -17,7 +17,7 @@ def evaluate_model(
     max_new_tokens: int,
     batch_size: int,
     metrics: str | None,
-    judges: Mapping[str, str | None],
+    judges: Mapping[str, str | bool | None],
     samples: int,
     server: str | None,
     settings: Settings,

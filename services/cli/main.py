@@ -214,6 +214,9 @@ def evaluate(
     hhem: Annotated[str | None, typer.Option(help="For factual_consistency: HHEM's directory or hub id.")] = None,
     nli: Annotated[str | None, typer.Option(help="For entailment: an NLI cross-encoder.")] = None,
     encoder: Annotated[str | None, typer.Option(help="For bertscore: the model of word vectors.")] = None,
+    idf: Annotated[
+        bool, typer.Option("--idf", help="For bertscore: words count for more the fewer references have them.")
+    ] = False,
     samples: Annotated[int, typer.Option(min=0, help="For self_consistency: further summaries to draw.")] = 0,
     server: Annotated[
         str | None, typer.Option(help="Who writes the answers: http://HOST:PORT/v1 of `vllm serve MODEL`.")
@@ -230,7 +233,7 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         metrics=metrics,
-        judges={"lens": lens, "hhem": hhem, "nli": nli, "encoder": encoder},
+        judges={"lens": lens, "hhem": hhem, "nli": nli, "encoder": encoder, "idf": idf},
         samples=samples,
         server=server,
         settings=_settings(),

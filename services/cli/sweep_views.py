@@ -55,7 +55,7 @@ def with_absolute_paths(spec: SweepSpec, file: Path) -> SweepSpec:
         if benchmark["path"]:
             benchmark["path"] = absolute(benchmark["path"])
     for judge, name in data["evaluation"]["judges"].items():
-        if name:
+        if name and isinstance(name, str):
             data["evaluation"]["judges"][judge] = absolute(name)
     for role in ("student", "teacher"):
         if data[role]:

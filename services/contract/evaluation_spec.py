@@ -1,5 +1,6 @@
 """What every trained student is measured on: benchmarks, metrics, and the models that judge."""
 
+import operator
 from collections import Counter
 from typing import Annotated, Any, Literal, get_args
 
@@ -57,13 +58,16 @@ class JudgeSpec(Spec):
 
     ``lens`` is a file of ``smoothkd lens train`` or a shipped lens's name; None takes the shipped one that fits the
     model under evaluation. ``hhem`` judges factual_consistency, ``nli`` (a cross-encoder with an entailment label)
-    entailment, and ``encoder`` makes the word vectors of bertscore.
+    entailment, and ``encoder`` makes the word vectors of bertscore; with ``idf`` it weighs words by how few of the
+    benchmark's references, of the items under evaluation, have them.
     """
 
     lens: str | None = None
     hhem: Annotated[str, Field(min_length=1)] = "vectara/hallucination_evaluation_model"
     nli: Annotated[str, Field(min_length=1)] | None = None
     encoder: Annotated[str, Field(min_length=1)] = "all-minilm-l6-v2"
+    # Not written down where it is off, so that runs keep the keys that they had before there was a choice.
+    idf: Annotated[bool, Field(exclude_if=operator.not_)] = False
 
 
 def _named_benchmark(value: Any) -> Any:
@@ -100,6 +104,8 @@ class EvaluationSpec(Spec):
             raise ValueError("samples only serve the metric self_consistency; add it to metrics, or remove samples")
         if "entailment" in self.metrics and self.judges.nli is None:
             raise ValueError("metric entailment needs an NLI cross-encoder; name one under judges.nli")
+        if self.judges.idf and "bertscore" not in self.metrics:
+            raise ValueError("judges.idf only serves the metric bertscore; add it to metrics, or remove idf")
         return self
 
 

@@ -7,7 +7,7 @@ nothing, and an idf is that of the references.
 import functools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,29 +24,34 @@ class BertScore:
     def __init__(self, model: Any, *, tokenizer: Any, longest: int) -> None:
         self.model, self.tokenizer, self.longest = model, tokenizer, longest
 
-    def score(self, pairs: Sequence[tuple[str, str]], *, idf: bool = False) -> list[float | None]:
-        """Of each (output, reference), 0 to 100; None where a text is empty. ``idf``: rare words weigh more."""
+    def idf(self, references: Sequence[str]) -> dict[int, float]:
+        """How much each token weighs: log((N + 1) / (n + 1)) where n of the N references have it."""
+        seen = Counter(id_ for text in references for id_ in set(self._encode(text)))
+        return {id_: math.log((len(references) + 1) / (seen[id_] + 1)) for id_ in range(len(self.tokenizer))}
+
+    def score(
+        self, pairs: Sequence[tuple[str, str]], *, weights: Mapping[int, float] | None = None
+    ) -> list[float | None]:
+        """Of each (output, reference), 0 to 100; None where no token of a text weighs anything, as in an empty one.
+
+        ``weights``: of tokens, as ``idf`` gives them; without, all weigh the same.
+        """
         ids = [[self._encode(text) for text in pair] for pair in pairs]
-        weights = self._idf([reference for _, reference in ids]) if idf else {}
         texts = list({tuple(one): None for pair in ids for one in pair})
         states = dict(zip(texts, self._states(texts), strict=True))
         scores: list[float | None] = []
         for output, reference in ids:
-            both = [(states[tuple(one)], self._weigh(one, weights, idf=idf)) for one in (output, reference)]
+            both = [(states[tuple(one)], self._weigh(one, weights)) for one in (output, reference)]
             scores.append(None if any(weights_T.sum() == 0 for _, weights_T in both) else 100 * _f1(*both))
         return scores
 
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text.strip(), truncation=True, max_length=self.longest, padding=False)["input_ids"])
 
-    def _weigh(self, ids: Sequence[int], weights: dict[int, float], *, idf: bool) -> torch.Tensor:
-        special = set(self.tokenizer.all_special_ids)
-        return torch.tensor([0.0 if id_ in special else weights.get(id_, 1.0) if idf else 1.0 for id_ in ids])
-
-    def _idf(self, references: Sequence[Sequence[int]]) -> dict[int, float]:
-        seen = Counter(id_ for ids in references for id_ in set(ids))
-        every = {*range(len(self.tokenizer))}
-        return {id_: math.log((len(references) + 1) / (seen[id_] + 1)) for id_ in every}
+    def _weigh(self, ids: Sequence[int], weights: Mapping[int, float] | None) -> torch.Tensor:
+        # An unknown word is a word of the text, though tokenizers count its token among the special ones.
+        special = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}
+        return torch.tensor([0.0 if id_ in special else 1.0 if weights is None else weights[id_] for id_ in ids])
 
     @torch.inference_mode()
     def _states(self, texts: Sequence[Sequence[int]]) -> list[torch.Tensor]:

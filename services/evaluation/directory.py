@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from services.contract.errors import ConflictError, InvalidInputError
-from services.contract.evaluation_spec import EvaluationSpec
+from services.contract.evaluation_spec import SUMMARISATION, EvaluationSpec
 from services.contract.records import Generation, Score
 from services.contract.settings import Settings
 from services.evaluation.evaluate import evaluate
@@ -123,7 +123,14 @@ def _judged_by(spec: EvaluationSpec) -> dict[str, str]:
         "bertscore": judges.encoder,
         "self_consistency": f"{spec.samples} samples",
     }
-    return {metric: judge for metric, judge in everyone.items() if metric in spec.metrics}
+    judged_by: dict[str, str] = {metric: judge for metric, judge in everyone.items() if metric in spec.metrics}
+    if judges.idf:
+        judged_by["bertscore"] += " with idf"
+        for benchmark in (one for one in spec.benchmarks if one.name in SUMMARISATION):
+            # Its references decide what every word weighs.
+            first = f"the first {spec.limit} references" if spec.limit else "all references"
+            judged_by[f"bertscore of {benchmark.name}"] = f"idf over {first} of {benchmark.path or 'the benchmark'}"
+    return judged_by
 
 
 def _read_generations(file: Path) -> list[Generation]:

@@ -118,7 +118,10 @@ def _steps(
         yield _Step(scores=answered.scores)
         return
     requests = _requests(benchmark, limit=spec.limit, offline=settings.offline)
-    metrics = load_metrics(benchmark.name, spec, loaded=loaded, name=directory, settings=settings)
+    references = [request.reference for request in requests]
+    metrics = load_metrics(
+        benchmark.name, spec, references=references, loaded=loaded, name=directory, settings=settings
+    )
     stored = {item: generation for (name, item), generation in known.items() if name == benchmark.name}
     done: dict[str, Generation] = {}
     for generations in answer_items(

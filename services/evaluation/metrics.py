@@ -1,11 +1,11 @@
 """The metrics of an evaluation, by name: those that can be had, and why the others cannot."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from services.contract.errors import CancelledError, SmoothKDError
-from services.contract.evaluation_spec import QUESTIONS, SUMMARISATION, EvaluationSpec
+from services.contract.errors import CancelledError, InvalidInputError, SmoothKDError
+from services.contract.evaluation_spec import QUESTIONS, SUMMARISATION, EvaluationSpec, JudgeSpec
 from services.contract.settings import Settings
 from services.evaluation.answering import Answer
 from services.evaluation.bertscore import load_bertscore
@@ -59,15 +59,24 @@ class Metrics:
 
 
 def load_metrics(
-    benchmark: str, spec: EvaluationSpec, *, loaded: LoadedModel, name: str, settings: Settings
+    benchmark: str,
+    spec: EvaluationSpec,
+    *,
+    references: Sequence[str],
+    loaded: LoadedModel,
+    name: str,
+    settings: Settings,
 ) -> Metrics:
-    """Those that ``spec`` asks for on the benchmark. ``name``: the model's, for messages."""
+    """Those that ``spec`` asks for on the benchmark. ``references``: of all its items. ``name``: the model's, for
+    messages."""
     if benchmark in QUESTIONS:
         return Metrics(names=QUESTION_METRICS, judges={"exact_match": judge_exact_match, "f1": judge_answer_f1})
     metrics = Metrics(names=spec.metrics)
     for metric in spec.metrics:
         try:
-            metrics.judges[metric] = _load(metric, spec, loaded=loaded, name=name, settings=settings)
+            metrics.judges[metric] = _load(
+                metric, spec, references=references, loaded=loaded, name=name, settings=settings
+            )
         except SmoothKDError as error:
             log.warning("%s: no %s: %s %s", benchmark, metric, error.what, error.fix)
             metrics.missing[metric] = describe(error)
@@ -90,14 +99,22 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
-def _load(metric: str, spec: EvaluationSpec, *, loaded: LoadedModel, name: str, settings: Settings) -> Metric:
+def _load(
+    metric: str,
+    spec: EvaluationSpec,
+    *,
+    references: Sequence[str],
+    loaded: LoadedModel,
+    name: str,
+    settings: Settings,
+) -> Metric:
     judges = spec.judges
     loaders: dict[str, Callable[[], Metric]] = {
         "rouge_l": lambda: _against_reference(rouge_l),
         "chrf": lambda: _against_reference(chrf),
         "meteor": lambda: _against_reference(_tried(meteor)),
         "meteor_exact_stem": lambda: _against_reference(meteor_exact_stem),
-        "bertscore": lambda: _bertscore(judges.encoder, settings),
+        "bertscore": lambda: _bertscore(judges, references, settings),
         "support": lambda: _support,
         "consistency": lambda: _consistency(settings),
         "factual_rate": lambda: load_factual_rate(judges.lens, loaded=loaded, name=name),
@@ -132,11 +149,18 @@ def _support(answers: Sequence[Answer]) -> list[Verdict]:
     return [Verdict(score=support.share, spans=support.spans) for support in found]
 
 
-def _bertscore(encoder: str, settings: Settings) -> Metric:
-    bertscore = load_bertscore(encoder, settings=settings)
+def _bertscore(judges: JudgeSpec, references: Sequence[str], settings: Settings) -> Metric:
+    if judges.idf and len(set(references)) < 2:
+        # Whatever is in every reference weighs nothing.
+        raise InvalidInputError(
+            "bertscore with idf tells words by how few references have them, and there is only one reference",
+            fix="Evaluate more items, or leave evaluation.judges.idf off.",
+        )
+    bertscore = load_bertscore(judges.encoder, settings=settings)
+    weights = bertscore.idf(references) if judges.idf else None
 
     def judge(answers: Sequence[Answer]) -> list[Verdict]:
-        scores: Iterator[float | None] = iter(bertscore.score([(one.output, one.request.reference) for one in answers]))
+        scores = bertscore.score([(one.output, one.request.reference) for one in answers], weights=weights)
         return [Verdict(score=score) for score in scores]
 
     return judge

@@ -224,9 +224,13 @@ def test_a_sweep_names_its_judges_from_where_its_file_lies(tmp_path):
             "name": "judged",
             "student": {"model": "HuggingFaceTB/SmolLM2-135M-Instruct"},
             "dataset": {"path": "demo_instructions"},
-            "evaluation": {"judges": {"lens": "lens.json", "nli": "cross-encoder/nli-deberta-v3-base"}},
+            "evaluation": {
+                "metrics": ["factual_rate", "entailment", "bertscore"],
+                "judges": {"lens": "lens.json", "nli": "cross-encoder/nli-deberta-v3-base", "idf": True},
+            },
         }
     )
     judges = with_absolute_paths(spec, tmp_path / "sweep.yaml").evaluation.judges
     assert judges.lens == str(tmp_path / "lens.json")
     assert judges.nli == "cross-encoder/nli-deberta-v3-base"
+    assert judges.idf is True

@@ -91,6 +91,17 @@ def test_every_field_of_a_run_changes_its_key():
     assert len(keys | {run.key}) == len(changes) + 1
 
 
+def test_an_idf_that_nobody_asks_for_leaves_keys_as_they_were():
+    run = {"student": {"model": "org/student"}, "dataset": {"path": "demo_instructions"}}
+    plain, off, on = (
+        parse_run({**run, "evaluation": {"metrics": ["bertscore"], "judges": judges}})
+        for judges in ({}, {"idf": False}, {"idf": True})
+    )
+    assert "idf" not in plain.model_dump_json()
+    assert plain.key == off.key != on.key
+    assert parse_run(on.model_dump(mode="json")) == on
+
+
 def test_projected_labels_go_with_students_that_train_adapters():
     labels = {"labels": {"encoding": "projected"}}
     sweep = {**SWEEP, "student": {"model": "org/student", "lora": {"rank": 8}}, "distillation": labels}

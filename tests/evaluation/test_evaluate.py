@@ -23,6 +23,7 @@ from services.evaluation.directory import evaluate_to_directory
 from services.evaluation.evaluate import evaluate
 from services.evaluation.rouge import rouge_l
 from services.evaluation.support import check_support
+from tests.evaluation.tiny_judges import make_encoder
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -197,6 +198,22 @@ def test_a_directory_of_another_model_is_refused(tiny_model: Path, settings: Set
     make_tiny_model(model, seed=2)
     with pytest.raises(ConflictError, match="or of other weights there"):
         evaluate_to_directory(str(model), _spec("demo_news", limit=1), out, settings)
+
+
+def test_a_directory_holds_one_idf(tiny_model: Path, settings: Settings, tmp_path: Path) -> None:
+    out, encoder = tmp_path / "out", str(tmp_path / "encoder")
+    make_encoder(Path(encoder))
+
+    def judged(limit: int, *, idf: bool) -> EvaluationSpec:
+        judges = JudgeSpec(encoder=encoder, idf=idf)
+        return _spec("demo_news", limit=limit).model_copy(update={"metrics": ("bertscore",), "judges": judges})
+
+    evaluate_to_directory(str(tiny_model), judged(2, idf=True), out, settings)
+    with pytest.raises(ConflictError, match=r"holds a bertscore by .* with idf, not by"):
+        evaluate_to_directory(str(tiny_model), judged(2, idf=False), out, settings)
+    with pytest.raises(ConflictError, match=r"idf over the first 2 references .*, not by idf over the first 3"):
+        evaluate_to_directory(str(tiny_model), judged(3, idf=True), out, settings)
+    evaluate_to_directory(str(tiny_model), judged(2, idf=True), out, settings)
 
 
 def test_a_directory_takes_further_metrics_and_generates_nothing_again(

@@ -23,6 +23,8 @@ from services.evaluation.lookback.measure import generate_measured
 from services.evaluation.model import load_model
 from services.evaluation.self_consistency import compare
 from services.models.tiny import make_tiny_model
+from tests.evaluation.bertscore_reference import plain_bertscore
+from tests.evaluation.tiny_judges import TEXTS, make_encoder
 
 ARTICLES = [
     "The harbour master of Ostrel said on Tuesday that 14 ferries had been repaired.",
@@ -155,12 +157,57 @@ def test_self_consistency_is_the_mean_over_sentences_and_samples(settings: Setti
     assert compare("...", samples, detector=detector).score is None
 
 
+def test_bertscore_with_idf_weighs_by_all_references_whatever_a_batch_holds(
+    tiny_model: Path, settings: Settings, tmp_path: Path
+) -> None:
+    make_encoder(tmp_path / "encoder")
+    references = ["Ferries were repaired.", "Two bridges were closed.", "A mayor opened a library."]
+    file = tmp_path / "xsum.jsonl"
+    rows = [
+        {"id": str(n), "document": text, "summary": reference}
+        for n, (text, reference) in enumerate(zip(ARTICLES, references, strict=True))
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    benchmark = {"name": "xsum", "path": str(file)}
+    judges = {"encoder": str(tmp_path / "encoder"), "idf": True}
+    first = _evaluate(tiny_model, settings, benchmark, metrics=["rouge_l"])[1]
+    # The tiny model says nothing of the kind itself.
+    known = [
+        one.model_copy(update={"output": said})
+        for one, said in zip(first, [TEXTS[1], "A school was closed.", "A mayor opened a library."], strict=True)
+    ]
+    for size in (1, 3):
+        scores, generations = _evaluate(
+            tiny_model, settings, benchmark, metrics=["bertscore"], judges=judges, known=known, batch_size=size
+        )
+        expected = plain_bertscore(
+            tmp_path / "encoder", [(one.output, one.reference) for one in generations], references=references
+        )
+        assert [one.scores["bertscore"] for one in generations] == pytest.approx(expected, abs=1e-3)
+        assert scores["bertscore"].value == pytest.approx(np.mean(expected), abs=1e-3)
+    plain, _ = _evaluate(
+        tiny_model, settings, benchmark, metrics=["bertscore"], judges={**judges, "idf": False}, known=known
+    )
+    assert abs(plain["bertscore"].value - scores["bertscore"].value) > 0.01
+
+
+def test_idf_of_a_single_reference_is_a_reason_not_a_number(
+    tiny_model: Path, settings: Settings, benchmark: dict[str, str], tmp_path: Path
+) -> None:
+    make_encoder(tmp_path / "encoder")
+    judges = {"encoder": str(tmp_path / "encoder"), "idf": True}
+    scores, _ = _evaluate(tiny_model, settings, benchmark, metrics=["bertscore"], judges=judges)
+    assert scores["bertscore"].value is None
+    assert "there is only one reference" in str(scores["bertscore"].missing)
+
+
 @pytest.mark.parametrize(
     ("spec", "mistake"),
     [
         ({"metrics": ["self_consistency"]}, "set samples"),
         ({"samples": 3}, "add it to metrics"),
         ({"metrics": ["entailment"]}, "judges.nli"),
+        ({"judges": {"idf": True}}, "only serves the metric bertscore"),
         ({"metrics": ["chrf", "chrf"]}, "more than once"),
         ({"metrics": []}, "at least 1"),
     ],

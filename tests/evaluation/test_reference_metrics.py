@@ -1,13 +1,10 @@
 """chrF, METEOR and BERTScore against plain computations of their published formulas; answers to questions."""
 
-import math
 from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
 from nltk.stem.porter import PorterStemmer
-from transformers import AutoModel, AutoTokenizer
 
 from services.contract.errors import DatasetError
 from services.contract.evaluation_spec import BenchmarkSpec
@@ -16,6 +13,7 @@ from services.datasets.questions import load_questions
 from services.evaluation.bertscore import load_bertscore
 from services.evaluation.overlap import chrf, meteor_exact_stem
 from services.evaluation.question_answering import answer_f1, exact_match
+from tests.evaluation.bertscore_reference import plain_bertscore
 from tests.evaluation.tiny_judges import TEXTS, make_encoder
 
 PAIRS = [
@@ -23,6 +21,7 @@ PAIRS = [
     ("Two bridges were closed.", TEXTS[2]),
     ("A mayor opened a library.", "A mayor opened a library."),
     ("Snow.", TEXTS[3]),
+    ("Zürich ¿zebra?", "The zebra ¿of Zürich?"),
 ]
 
 
@@ -48,7 +47,12 @@ def test_meteor_without_synonyms_by_hand() -> None:
 def test_bertscore_is_the_authors_formula(tmp_path: Path, idf: bool) -> None:
     make_encoder(tmp_path / "encoder")
     bertscore = load_bertscore(str(tmp_path / "encoder"), settings=Settings(offline=True))
-    assert bertscore.score(PAIRS, idf=idf) == pytest.approx(_plain_bertscore(tmp_path / "encoder", idf=idf), abs=1e-3)
+    weights = bertscore.idf([reference for _, reference in PAIRS]) if idf else None
+    expected = plain_bertscore(
+        tmp_path / "encoder", PAIRS, references=[reference for _, reference in PAIRS] if idf else None
+    )
+    assert bertscore.tokenizer.unk_token_id in bertscore.tokenizer(PAIRS[-1][0])["input_ids"]
+    assert bertscore.score(PAIRS, weights=weights) == pytest.approx(expected, abs=1e-3)
     assert bertscore.score([("", "A text."), (" ", "A text.")]) == [None, None]
 
 
@@ -113,26 +117,3 @@ def _meteor(*, matches: int, output: int, reference: int, chunks: int) -> float:
     precision, recall = matches / output, matches / reference
     mean = precision * recall / (0.9 * precision + 0.1 * recall)
     return 100 * mean * (1 - 0.5 * (chunks / matches) ** 3)
-
-
-@torch.inference_mode()
-def _plain_bertscore(directory: Path, *, idf: bool) -> list[float]:
-    """Zhang et al. 2020, eq. 1-4: pair by pair, word piece by word piece."""
-    tokenizer, model = AutoTokenizer.from_pretrained(directory), AutoModel.from_pretrained(directory)
-    documents = [set(tokenizer(reference)["input_ids"]) for _, reference in PAIRS]
-
-    def weight(id_: int) -> float:
-        if id_ in (tokenizer.cls_token_id, tokenizer.sep_token_id):
-            return 0.0
-        return math.log((len(PAIRS) + 1) / (sum(id_ in one for one in documents) + 1)) if idf else 1.0
-
-    scores = []
-    for pair in PAIRS:
-        ids = [tokenizer(text)["input_ids"] for text in pair]
-        output, reference = (model(input_ids=torch.tensor([one])).last_hidden_state[0] for one in ids)
-        similar = torch.nn.functional.cosine_similarity(output[:, None], reference[None], dim=-1)
-        recall_weights, precision_weights = [weight(one) for one in ids[1]], [weight(one) for one in ids[0]]
-        recall = sum(w * float(similar[:, j].max()) for j, w in enumerate(recall_weights)) / sum(recall_weights)
-        precision = sum(w * float(similar[i].max()) for i, w in enumerate(precision_weights)) / sum(precision_weights)
-        scores.append(100 * 2 * precision * recall / (precision + recall))
-    return scores
