@@ -18,10 +18,9 @@ from services.contract.soft_labels import (
     ScoredSequence,
     SoftLabels,
     TopKLabels,
-    checked_positions,
-    encoding_of,
     hash_sequence,
     log_softmax,
+    spread_positions,
 )
 from services.contract.tensors import Array
 from student_trainer.student_head import StudentHead
@@ -54,8 +53,9 @@ def check_scored(
             fix=_FIX,
         )
     positions = len(sequence.label_positions)
-    checked = len(checked_positions(positions, options.encoding))
-    shapes: dict[str, tuple[int, ...]] = {"token_logprobs": (checked,)}
+    # Of exact labels an answer may tell fewer; how many is the teacher's choice.
+    told = min(positions, len(scored.token_logprobs_P)) if options.encoding == "exact" else positions
+    shapes: dict[str, tuple[int, ...]] = {"token_logprobs": (told,)}
     if options.encoding == "projected":
         assert student_head is not None, "the client asked for labels that are means of its head's rows"
         shapes["embedding"] = (positions, student_head.head.weight_VD.shape[1])
@@ -100,7 +100,7 @@ def verify_token_logprobs(
     labels = scored.labels
     told_P = scored.token_logprobs_P.astype(np.float64)
     picked_M = np.unique(np.linspace(0, len(told_P) - 1, min(len(told_P), max_positions)).round().astype(np.int64))
-    chosen_M, told_M = checked_positions(positions, encoding_of(labels))[picked_M], told_P[picked_M]
+    chosen_M, told_M = spread_positions(positions, told=len(told_P))[picked_M], told_P[picked_M]
     tokens_M = np.asarray(sequence.token_ids)[np.asarray(sequence.label_positions)[chosen_M]]
     if isinstance(labels, ExactLabels):
         if head is None:

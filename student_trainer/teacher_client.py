@@ -36,6 +36,7 @@ from student_trainer.handshake import PROBE_TEXTS, StudentTokenizer, require_sha
 from student_trainer.lm_head_cache import cached_lm_head
 from student_trainer.loaded_weights import LoadedWeights
 from student_trainer.patience import Patience
+from student_trainer.releases import blaming_releases, require_readable_labels
 from student_trainer.student_head import MOST_REPLICAS, StudentHead
 from student_trainer.teacher_errors import translate
 from student_trainer.teacher_info import TeacherInfo, teacher_info
@@ -154,15 +155,16 @@ class TeacherClient:
         info = self.describe()
 
         def read(message: pb.ScoreSequencesResponse, sequence: TokenSequence) -> ScoredSequence:
-            scored = decode_labels(message)
-            check_scored(
-                scored,
-                sequence,
-                options=options,
-                vocab_size=info.vocab_size,
-                hidden_size=info.hidden_size,
-                student_head=self._student_head,
-            )
+            with blaming_releases(info.release):
+                scored = decode_labels(message)
+                check_scored(
+                    scored,
+                    sequence,
+                    options=options,
+                    vocab_size=info.vocab_size,
+                    hidden_size=info.hidden_size,
+                    student_head=self._student_head,
+                )
             return scored
 
         def ask(part: Iterable[TokenSequence]) -> Any:
@@ -197,6 +199,7 @@ class TeacherClient:
             response: pb.GetTeacherResponse = self._patiently(
                 lambda: self._stub.GetTeacher(request, timeout=self._timeout_seconds)
             )
+            require_readable_labels(response)
             if self._weights.are_served(response):
                 return response
             self._weights.load_again()

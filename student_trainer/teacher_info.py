@@ -12,6 +12,7 @@ class TeacherInfo:
     """Who the teacher is. ``vocab_size`` counts real tokens; ``max_length`` is in tokens.
 
     ``determinism_spread``: nats by which a token's log-probability varies with what is computed beside it.
+    ``release``: the smoothkd that it runs, empty for one that is too old to say.
     """
 
     model: str
@@ -27,6 +28,7 @@ class TeacherInfo:
     engine: str
     generates: bool
     determinism_spread: float
+    release: str = ""
 
 
 def teacher_info(response: pb.GetTeacherResponse) -> TeacherInfo:
@@ -46,4 +48,5 @@ def teacher_info(response: pb.GetTeacherResponse) -> TeacherInfo:
         engine=response.engine,
         generates=response.generates,
         determinism_spread=response.determinism_spread,
+        release=response.release,
     )

@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 
 import grpc.aio
 
+from services.contract.release import LABEL_FORMAT, release
 from services.contract.soft_labels import WIRE_ENCODINGS
 from services.contract.teacher.v1 import teacher_service_pb2 as pb
 from services.contract.teacher.v1.teacher_service_pb2_grpc import (
@@ -86,6 +87,8 @@ class TeacherServicer(TeacherServiceServicer):
                 generates=card.generates,
                 special_token_ids=card.special_token_ids,
                 determinism_spread=checked.determinism_spread,
+                release=release(),
+                label_format=LABEL_FORMAT,
             )
         return pb.GetTeacherResponse()
 

@@ -27,7 +27,8 @@ MAX_REQUEST_BYTES = 4 * 1024 * 1024
 
 
 CHECKED_POSITIONS = 8
-"""Of one sequence of exact labels: as many actual tokens' log-probabilities come with them."""
+"""Of one sequence of exact labels: as many actual tokens' log-probabilities this release sends with them. Any number is
+read, so that another one here concerns neither the students of former releases nor what they have kept on disk."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -91,8 +92,8 @@ SoftLabels = ExactLabels | TopKLabels | FullLabels | SampledLabels | ProjectedLa
 class ScoredSequence:
     """A teacher's answer for one sequence.
 
-    ``token_logprobs_P`` float32: the log-probability, at temperature 1, of the token at each of the label positions
-    that ``checked_positions`` names.
+    ``token_logprobs_P`` float32: the log-probability, at temperature 1, of the token at each of P label positions,
+    which ``spread_positions`` names.
     ``sequence_hash``: see ``hash_sequence``. ``from_cache``: whether they were computed for an earlier request.
     """
 
@@ -138,14 +139,14 @@ def decode_labels(message: pb.ScoreSequencesResponse) -> ScoredSequence:
     labels, columns = _decode_encoding(message)
     token_logprobs_P = decode_tensor(message.token_logprobs)
     positions = len(columns[0])
-    checked = len(checked_positions(positions, encoding_of(labels)))
     lengths = [len(column) for column in columns]
-    if len(token_logprobs_P) != checked or any(length != positions for length in lengths):
+    told = len(token_logprobs_P)
+    fewer_allowed = isinstance(labels, ExactLabels) and 0 < told < positions
+    if (told != positions and not fewer_allowed) or any(length != positions for length in lengths):
         raise LabelMismatchError(
             f"the labels of sequence {message.id!r} disagree about the number of positions: {lengths}, with "
-            f"{len(token_logprobs_P)} log-probabilities of tokens instead of {checked}",
-            fix="Teacher and student may run different releases of smoothkd: update the older one. Otherwise the "
-            "answer is damaged; restart the teacher.",
+            f"{told} log-probabilities of tokens",
+            fix="The answer is damaged; restart the teacher.",
         )
     for column in (token_logprobs_P, *columns):
         # A token of probability 0 has log-probability -inf; NaN is never right, and infinite states neither.
@@ -217,20 +218,18 @@ def _check_ragged(labels: SampledLabels, *, sequence_id: str) -> None:
 
 
 def checked_positions(positions: int, encoding: Encoding) -> Array:
-    """Int64 [P]: which of so many label positions an answer has the actual token's log-probability for.
+    """Int64 [P]: which of so many label positions this release's teacher tells the actual token's log-probability of.
 
     All of them where the teacher computes logits anyhow; of exact labels, whose logits the student computes, at most
     CHECKED_POSITIONS, evenly spread: enough to notice labels that are shifted or of another text, and a head's whole
     product saved.
     """
-    if encoding != "exact" or positions <= CHECKED_POSITIONS:
-        return np.arange(positions)
-    return np.linspace(0, positions - 1, CHECKED_POSITIONS).round().astype(np.int64)
+    return spread_positions(positions, told=min(positions, CHECKED_POSITIONS) if encoding == "exact" else positions)
 
 
-def encoding_of(labels: SoftLabels) -> Encoding:
-    """The encoding that makes such labels."""
-    return _ENCODINGS[type(labels)]
+def spread_positions(positions: int, *, told: int) -> Array:
+    """Int64 [P]: the label positions, counted from 0, that an answer's ``told`` log-probabilities of tokens are of."""
+    return np.linspace(0, positions - 1, told).round().astype(np.int64)
 
 
 def hash_sequence(token_ids: Sequence[int], label_positions: Sequence[int]) -> bytes:
@@ -248,14 +247,6 @@ def log_softmax(logits_NV: Array, *, temperature: float = 1.0) -> Array:
     scaled_NV -= np.log(np.exp(scaled_NV).sum(axis=-1, keepdims=True))
     return scaled_NV
 
-
-_ENCODINGS: dict[type, Encoding] = {
-    ExactLabels: "exact",
-    TopKLabels: "top_k",
-    FullLabels: "full",
-    SampledLabels: "sampled",
-    ProjectedLabels: "projected",
-}
 
 WIRE_ENCODINGS: dict[Encoding, Any] = {
     "exact": pb.ENCODING_EXACT,

@@ -19,11 +19,12 @@ _DTYPES: dict[Any, np.dtype[Any]] = {
     pb.TENSOR_TYPE_UINT8: np.dtype("u1"),
     pb.TENSOR_TYPE_UINT16: np.dtype("<u2"),
 }
+_MOST_DIMENSIONS = 2
 _TENSOR_TYPES = {dtype: number for number, dtype in _DTYPES.items()}
 
 
 def encode_tensor(array: Array) -> pb.Tensor:
-    """Arrays of any shape whose type has a wire type."""
+    """Arrays of one or two dimensions whose type has a wire type."""
     message = pb.Tensor()
     fill_tensor(message, array)
     return message
@@ -37,8 +38,16 @@ def fill_tensor(message: pb.Tensor, array: Array) -> None:
 
 
 def decode_tensor(message: pb.Tensor) -> Array:
-    """A read-only view of the message's bytes; LabelMismatchError when size and shape disagree."""
+    """A read-only view of the message's bytes; LabelMismatchError when size and shape disagree, or the
+    dimensions are not 1 to _MOST_DIMENSIONS.
+    """
     dtype = tensor_dtype(message.dtype)
+    # An empty array may have a shape that NumPy refuses: 0 times whatever else is 0 bytes.
+    if not 1 <= len(message.shape) <= _MOST_DIMENSIONS:
+        raise LabelMismatchError(
+            f"a tensor has {len(message.shape)} dimensions instead of 1 to {_MOST_DIMENSIONS}",
+            fix="The answer is damaged; restart the teacher.",
+        )
     expected = math.prod(message.shape) * dtype.itemsize
     if len(message.data) != expected:
         raise LabelMismatchError(

@@ -19,8 +19,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from services.contract.release import LABEL_FORMAT
 from services.contract.sequences import LabelOptions
-from services.contract.soft_labels import CHECKED_POSITIONS
 from services.labels.entry import DamagedEntryError, bytes_on_disk, read_entry, write_entry
 from services.labels.index import Index
 from services.labels.shelf import Shelf, is_key, unusable
@@ -33,7 +33,8 @@ SECONDS_BETWEEN_RECORDS = 2.0
 """How long uses and counts gather before the index notes them: a hit itself writes nothing."""
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
-_KEY_VERSION = 2
+_KEY_VERSION = 1 + LABEL_FORMAT
+"""Labels that this release could not read have other keys."""
 
 
 def label_key(*, fingerprint: str, sequence_hash: bytes, options: LabelOptions, label_dtype: str) -> str:
@@ -50,8 +51,6 @@ def label_key(*, fingerprint: str, sequence_hash: bytes, options: LabelOptions, 
     }
     if options.encoding in ("exact", "projected"):
         content["dtype"] = label_dtype
-    if options.encoding == "exact":
-        content["checked"] = CHECKED_POSITIONS
     if options.encoding in ("top_k", "sampled", "projected"):
         content["temperature"] = float(options.temperature)
     if options.encoding == "top_k":

@@ -26,6 +26,7 @@ from services.contract.soft_labels import (
     encode_labels,
     hash_sequence,
     log_softmax,
+    spread_positions,
 )
 from services.contract.teacher.v1 import teacher_service_pb2 as pb
 from services.contract.tensors import decode_tensor, encode_tensor
@@ -257,3 +258,23 @@ def test_exact_labels_are_checked_at_8_spread_positions_and_others_everywhere() 
     assert checked_positions(9, "exact").tolist()[-1] == 8
     assert len(set(checked_positions(9, "exact").tolist())) == 8
     assert checked_positions(100, "top_k").tolist() == list(range(100))
+
+
+@pytest.mark.parametrize("shape", [[], [0, 2**31, 2**31, 2**31, 2**31], [0] * 70, [1, 1, 1]], ids=len)
+@pytest.mark.parametrize("which", ["logprobs", "hidden"])
+def test_tensors_of_impossible_shapes_are_refused(shape: list[int], which: str) -> None:
+    message = exact([[1.0]])
+    tensor = message.token_logprobs if which == "logprobs" else message.exact.hidden
+    tensor.ClearField("shape")
+    tensor.shape.extend(shape)
+    tensor.data = bytes(0 if 0 in shape else 4)
+    with pytest.raises(LabelMismatchError, match=f"{len(shape)} dimensions instead of 1 to 2"):
+        decode_labels(message)
+
+
+@pytest.mark.parametrize(("positions", "told"), [(0, 0), (1, 1), (5, 5), (40, 1), (71, 8), (1000, 32)])
+def test_told_positions_are_spread_from_the_first_to_the_last(positions: int, told: int) -> None:
+    places = spread_positions(positions, told=told).tolist()
+    assert len(set(places)) == told
+    # Python rounds halves to even, as the wire contract has it.
+    assert places == [round(place * (positions - 1) / max(told - 1, 1)) for place in range(told)]

@@ -235,6 +235,8 @@ class GetTeacherResponse(_message.Message):
     MAX_DRAWS_FIELD_NUMBER: _builtins.int
     LABEL_DTYPE_FIELD_NUMBER: _builtins.int
     DETERMINISM_SPREAD_FIELD_NUMBER: _builtins.int
+    RELEASE_FIELD_NUMBER: _builtins.int
+    LABEL_FORMAT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     revision: _builtins.str
     fingerprint: _builtins.str
@@ -260,6 +262,12 @@ class GetTeacherResponse(_message.Message):
     determinism_spread: _builtins.float
     """Largest difference in nats between log-probabilities of the same tokens, scored several times at once among
     others at start-up: what the make-up of batches does to labels. Labels from the cache do not differ at all.
+    """
+    release: _builtins.str
+    """Of the server's smoothkd, for people; empty where it is older than this field."""
+    label_format: _builtins.int
+    """How labels travel, LABEL_FORMAT of services/contract/release.py: who reads another cannot read these. 0 where the
+    server is older than this field, and then its labels have format 1.
     """
     @_builtins.property
     def encodings(self) -> _containers.RepeatedScalarFieldContainer[Global___Encoding.ValueType]: ...
@@ -289,10 +297,12 @@ class GetTeacherResponse(_message.Message):
         max_draws: _builtins.int = ...,
         label_dtype: Global___TensorType.ValueType = ...,
         determinism_spread: _builtins.float = ...,
+        release: _builtins.str = ...,
+        label_format: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["determinism_spread", b"determinism_spread", "encodings", b"encodings", "engine", b"engine", "fingerprint", b"fingerprint", "generates", b"generates", "hidden_size", b"hidden_size", "label_dtype", b"label_dtype", "max_draws", b"max_draws", "max_k", b"max_k", "max_length", b"max_length", "max_sequences", b"max_sequences", "model", b"model", "probe_ids", b"probe_ids", "revision", b"revision", "special_token_ids", b"special_token_ids", "tokenizer_fingerprint", b"tokenizer_fingerprint", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["determinism_spread", b"determinism_spread", "encodings", b"encodings", "engine", b"engine", "fingerprint", b"fingerprint", "generates", b"generates", "hidden_size", b"hidden_size", "label_dtype", b"label_dtype", "label_format", b"label_format", "max_draws", b"max_draws", "max_k", b"max_k", "max_length", b"max_length", "max_sequences", b"max_sequences", "model", b"model", "probe_ids", b"probe_ids", "release", b"release", "revision", b"revision", "special_token_ids", b"special_token_ids", "tokenizer_fingerprint", b"tokenizer_fingerprint", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -515,7 +525,8 @@ class ScoreSequencesResponse(_message.Message):
     @_builtins.property
     def token_logprobs(self) -> Global___Tensor:
         """Teacher's log-probability at temperature 1 of the token at label positions: float32, of all N, but with exact labels
-        of at most 8, evenly spread: position round(i * (N - 1) / 7) for i from 0 to 7, halves to even.
+        of any P of them, evenly spread: position round(i * (N - 1) / (P - 1)) for i from 0 to P - 1, halves to even; the
+        first for P = 1. How many is up to the server: this release sends at most 8.
         """
 
     @_builtins.property
