@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
+ROUNDING = 1e-4
+"""Points by which a metric of equal outputs may differ: models that judge round by what else is in a batch."""
 COUNTS_AT_ONCE = 4_000_000
 """Numbers in memory at a time; bounds what a large benchmark takes."""
 
@@ -34,7 +36,8 @@ def bootstrap_means(
     NaN marks an item that a comparison lacks; a column of nothing else gives None. All columns see the same
     resamples (Koehn, 2004, "Statistical significance tests for machine translation evaluation"). The p-value is twice
     the share of resampled means on the far side of 0, never below 1 / (resamples + 1) (Davison and Hinkley, 1997,
-    section 4.2).
+    section 4.2), nor below what D items that differ could show if each had fallen to either side by chance: 2 / 2^D,
+    the least of a sign-flip test. Resamples alone would take one item for proof, for they hold nothing else.
     """
     present_NK = ~np.isnan(difference_NK)
     filled_NK = np.where(present_NK, difference_NK, 0.0)
@@ -49,13 +52,14 @@ def bootstrap_means(
         # A resample may hold none of a sparse column's items, and then says nothing of it.
         means_B = means_B[~np.isnan(means_B)]
         low, high = np.quantile(means_B, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-        below, above = (1 + int((means_B <= 0).sum())), (1 + int((means_B >= 0).sum()))
+        below, above = (1 + int((means_B <= ROUNDING).sum())), (1 + int((means_B >= -ROUNDING).sum()))
+        differing = int((np.abs(filled_NK[:, column]) > ROUNDING).sum())
         found.append(
             MeanDifference(
                 mean=float(filled_NK[:, column].sum() / items),
                 low=float(low),
                 high=float(high),
-                p_value=min(1.0, 2 * min(below, above) / (len(means_B) + 1)),
+                p_value=min(1.0, max(2 * min(below, above) / (len(means_B) + 1), 2.0 ** (1 - differing))),
                 items=items,
             )
         )

@@ -1,5 +1,7 @@
 """The paired bootstrap against scipy's, and Holm's adjustment against his own example."""
 
+import itertools
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -42,6 +44,28 @@ def test_no_difference_at_all_is_no_finding_and_a_sure_one_has_the_smallest_p() 
     assert sure is not None
     assert (none.p_value, none.low, none.high) == (1.0, 0.0, 0.0)
     assert sure.p_value == pytest.approx(2 / 1000)
+
+
+def test_a_handful_of_items_on_one_side_is_no_proof() -> None:
+    """All D on one side: a sign-flip test, carried out over all sign patterns, gives the least p there can be."""
+    for items in (1, 2, 5, 6, 8):
+        difference = np.linspace(1.0, 3.0, items)
+        signs = np.array(list(itertools.product([-1, 1], repeat=items)))
+        sums = np.abs(signs @ difference)
+        found = bootstrap_means(difference[:, None])[0]
+        assert found is not None
+        assert found.p_value == pytest.approx(np.mean(sums >= difference.sum() - 1e-9))
+    # Items without a difference are no evidence either.
+    padded = bootstrap_means(np.concatenate([np.linspace(1.0, 3.0, 5), np.zeros(45)])[:, None])[0]
+    assert padded is not None
+    assert padded.p_value >= 2 / 2**5
+
+
+def test_rounding_is_no_difference() -> None:
+    rounding = np.random.default_rng(7).uniform(1e-7, 2e-5, 200)
+    found = bootstrap_means(rounding[:, None], resamples=999)[0]
+    assert found is not None
+    assert found.p_value == 1.0
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
