@@ -4,12 +4,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Table
 
 from services.contract.api_client import ApiClient
 from services.contract.errors import InvalidInputError
+from services.contract.evaluation_spec import judged_by
 from services.contract.metric_words import metric_title
 from services.contract.records import Generation, Score
 from services.contract.settings import Settings
@@ -18,6 +19,7 @@ from services.reports.words import interval, p_text
 
 GENERATIONS = "generations.jsonl"
 SCORES = "scores.json"
+SUBJECT = "evaluated.json"
 FIX = "Name a directory that `smoothkd evaluate` wrote, or the id of an evaluated run."
 
 
@@ -32,7 +34,7 @@ def compare_sides(first: str, second: str, *, settings: Settings) -> Versus:
                 raise InvalidInputError(f"there is no directory {name}", fix=FIX)
             else:
                 api = stack.enter_context(ApiClient(settings.resolved_api_url, settings.api_key))
-                sides.append(read_evaluation(name, _generations(api, name), api.scores(name)))
+                sides.append(_from_run(api, name))
     return compare_evaluations(*sides)
 
 
@@ -54,6 +56,8 @@ def print_versus(versus: Versus) -> None:
             )
     console.print(f"{versus.items} items on both sides{_left_out(versus)}.", markup=False)
     console.print(versus.verdict, markup=False, soft_wrap=True)
+    if versus.note:
+        console.print(versus.note, markup=False, soft_wrap=True)
 
 
 def _cells(one: MetricDifference) -> list[str]:
@@ -85,7 +89,42 @@ def _from_directory(name: str) -> Evaluation:
         scores = TypeAdapter(list[Score]).validate_json((folder / SCORES).read_bytes())
     except ValidationError as error:
         raise InvalidInputError(f"{folder / SCORES} holds no scores: {error.errors()[0]['msg']}", fix=FIX) from None
-    return read_evaluation(name, _lines(folder / GENERATIONS), scores)
+    subject = _subject(folder / SUBJECT)
+    return read_evaluation(
+        name,
+        _lines(folder / GENERATIONS),
+        scores,
+        judged_by=subject.judged_by,
+        max_new_tokens=subject.max_new_tokens,
+    )
+
+
+class _Subject(BaseModel):
+    """Of what a directory says of itself, that which makes values comparable."""
+
+    judged_by: dict[str, str] = {}
+    max_new_tokens: int | None = None
+
+
+def _subject(file: Path) -> _Subject:
+    if not file.is_file():
+        return _Subject()
+    try:
+        return _Subject.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        what = f"{file} does not say who judged what: {error.errors()[0]['msg']}"
+        raise InvalidInputError(what, fix="Evaluate again into another --out.") from None
+
+
+def _from_run(api: ApiClient, run_id: str) -> Evaluation:
+    spec = api.run(run_id).spec.evaluation
+    return read_evaluation(
+        run_id,
+        _generations(api, run_id),
+        api.scores(run_id),
+        judged_by=judged_by(spec),
+        max_new_tokens=spec.max_new_tokens,
+    )
 
 
 def _lines(file: Path) -> Iterator[Generation]:

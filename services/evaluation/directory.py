@@ -4,13 +4,14 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import Progress
 
 from services.contract.errors import ConflictError, InvalidInputError
-from services.contract.evaluation_spec import SUMMARISATION, EvaluationSpec
+from services.contract.evaluation_spec import EvaluationSpec, judged_by
 from services.contract.records import Generation, Score
 from services.contract.settings import Settings
 from services.evaluation.evaluate import evaluate
@@ -38,7 +39,10 @@ def evaluate_to_directory(
         raise InvalidInputError("no benchmark was named", fix="Name at least one, for example demo_news.")
     directory = resolve_model(model, settings=settings)
     asked = _server(server, model=model, directory=directory, settings=settings) if server else None
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidInputError(f"{out} can be no directory: {error.strerror}", fix="Name another --out.") from None
     _claim(out, directory=Path(directory), spec=spec, server=asked)
     known = _read_generations(out / GENERATIONS)
     with (
@@ -82,9 +86,9 @@ def _claim(out: Path, *, directory: Path, spec: EvaluationSpec, server: ModelSer
     }
     # Not its address, which may change; articles are cut to its window.
     answered_by = f"a server with a window of {server.window} tokens" if server else OWN
-    judged_by = _judged_by(spec)
+    judges = judged_by(spec)
     claimed = out / SUBJECT
-    before = json.loads(claimed.read_text(encoding="utf-8")) if claimed.exists() else None
+    before = _read_subject(claimed) if claimed.exists() else None
     if before is not None:
         earlier = before.pop("judged_by", {})
         if (by := before.pop("answered_by", OWN)) != answered_by:
@@ -93,13 +97,13 @@ def _claim(out: Path, *, directory: Path, spec: EvaluationSpec, server: ModelSer
                 f"{out} holds answers by {by}, not by {answered_by}",
                 fix="Choose another directory, or have the rest answered as before.",
             )
-        for metric in sorted(earlier.keys() & judged_by.keys()):
-            if earlier[metric] != judged_by[metric]:
+        for metric in sorted(earlier.keys() & judges.keys()):
+            if earlier[metric] != judges[metric]:
                 raise ConflictError(
-                    f"{out} holds a {metric} by {earlier[metric]}, not by {judged_by[metric]}",
+                    f"{out} holds a {metric} by {earlier[metric]}, not by {judges[metric]}",
                     fix="Choose another directory, or ask for the same judge.",
                 )
-        judged_by = {**earlier, **judged_by}
+        judges = {**earlier, **judges}
     if before is not None and before != subject:
         raise ConflictError(
             f"{out} holds an evaluation of {before['model']} with up to {before['max_new_tokens']} tokens an output, "
@@ -110,27 +114,18 @@ def _claim(out: Path, *, directory: Path, spec: EvaluationSpec, server: ModelSer
         raise ConflictError(
             f"{out / GENERATIONS} exists, and nothing says which model wrote it", fix="Choose another directory."
         )
-    _replace(claimed, [json.dumps({**subject, "answered_by": answered_by, "judged_by": judged_by}, indent=2)])
+    _replace(claimed, [json.dumps({**subject, "answered_by": answered_by, "judged_by": judges}, indent=2)])
 
 
-def _judged_by(spec: EvaluationSpec) -> dict[str, str]:
-    """What else the metrics of an evaluation depend on, in words."""
-    judges = spec.judges
-    everyone = {
-        "factual_rate": f"the lens {judges.lens or 'that fits'}",
-        "factual_consistency": judges.hhem,
-        "entailment": str(judges.nli),
-        "bertscore": judges.encoder,
-        "self_consistency": f"{spec.samples} samples",
-    }
-    judged_by: dict[str, str] = {metric: judge for metric, judge in everyone.items() if metric in spec.metrics}
-    if judges.idf:
-        judged_by["bertscore"] += " with idf"
-        for benchmark in (one for one in spec.benchmarks if one.name in SUMMARISATION):
-            # Its references decide what every word weighs.
-            first = f"the first {spec.limit} references" if spec.limit else "all references"
-            judged_by[f"bertscore of {benchmark.name}"] = f"idf over {first} of {benchmark.path or 'the benchmark'}"
-    return judged_by
+def _read_subject(file: Path) -> dict[str, Any]:
+    """Whose outputs a directory holds; ConflictError where that cannot be read."""
+    try:
+        subject = json.loads(file.read_text(encoding="utf-8"))
+        if {"model", "max_new_tokens"} <= subject.keys():
+            return dict(subject)
+    except (OSError, ValueError, AttributeError):
+        pass
+    raise ConflictError(f"{file} does not say whose outputs lie beside it", fix="Choose another directory.")
 
 
 def _read_generations(file: Path) -> list[Generation]:
@@ -146,7 +141,8 @@ def _read_generations(file: Path) -> list[Generation]:
             generations.append(Generation.model_validate_json(line))
         except ValidationError:
             raise ConflictError(
-                f"{file}, line {number} is not a generation", fix="Choose another directory, or remove this one."
+                f"{file}, line {number} is not a generation",
+                fix="Remove that line, and its item is answered again; or choose another directory.",
             ) from None
         whole += len(line)
     os.truncate(file, whole)

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,19 +49,33 @@ class Versus(Record):
     only_b: int
     differences: list[MetricDifference]
     verdict: str
+    note: str | None = Field(default=None, description="What else than the model differs.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """One side: what it is called, its items' scores and a fingerprint of each item's question."""
+    """One side: what it is called, its items' scores and a fingerprint of each item's question.
+
+    ``judged_by``: what its metrics depend on, as ``services.contract.evaluation_spec.judged_by`` says it.
+    ``max_new_tokens``: how long its outputs could be. Both are empty where nobody knows.
+    """
 
     name: str
     items: Mapping[Item, Mapping[str, float]]
     questions: Mapping[Item, str]
     scores: Mapping[Column, Score]
+    judged_by: Mapping[str, str] = field(default_factory=dict)
+    max_new_tokens: int | None = None
 
 
-def read_evaluation(name: str, generations: Iterable[Generation], scores: Sequence[Score]) -> Evaluation:
+def read_evaluation(
+    name: str,
+    generations: Iterable[Generation],
+    scores: Sequence[Score],
+    *,
+    judged_by: Mapping[str, str] | None = None,
+    max_new_tokens: int | None = None,
+) -> Evaluation:
     """A side from its generations, of which only numbers are kept, and its scores."""
     items: dict[Item, Mapping[str, float]] = {}
     questions: dict[Item, str] = {}
@@ -71,7 +85,14 @@ def read_evaluation(name: str, generations: Iterable[Generation], scores: Sequen
         asked = f"{generation.source}\0{generation.reference}".encode("utf-8", "surrogatepass")
         questions[item] = hashlib.sha256(asked).hexdigest()
     by_column = {(score.benchmark, score.metric): score for score in scores}
-    return Evaluation(name=name, items=items, questions=questions, scores=by_column)
+    return Evaluation(
+        name=name,
+        items=items,
+        questions=questions,
+        scores=by_column,
+        judged_by=judged_by or {},
+        max_new_tokens=max_new_tokens,
+    )
 
 
 def compare_evaluations(a: Evaluation, b: Evaluation, *, resamples: int = RESAMPLES) -> Versus:
@@ -95,6 +116,7 @@ def compare_evaluations(a: Evaluation, b: Evaluation, *, resamples: int = RESAMP
         only_b=len(b.items) - len(common),
         differences=found,
         verdict=_verdict(a.name, b.name, found),
+        note=_note(a, b),
     )
 
 
@@ -129,6 +151,8 @@ def _measure(
     a: Evaluation, b: Evaluation, common: Sequence[Item], column: Column, *, resamples: int
 ) -> MetricDifference:
     benchmark, metric = column
+    if (unlike := _unlike_judges(a, b, column)) is not None:
+        return MetricDifference(benchmark=benchmark, metric=metric, missing=unlike)
     value_AN, value_BN = (
         np.array([side.items[item].get(metric, np.nan) for item in common if item[0] == benchmark], dtype=np.float64)
         for side in (a, b)
@@ -149,6 +173,25 @@ def _measure(
         high=difference.high,
         p_value=difference.p_value,
         items=difference.items,
+    )
+
+
+def _unlike_judges(a: Evaluation, b: Evaluation, column: Column) -> str | None:
+    """Why values of one name are not of one kind."""
+    benchmark, metric = column
+    for measured in (metric, f"{metric} of {benchmark}"):
+        by = a.judged_by.get(measured), b.judged_by.get(measured)
+        if None not in by and by[0] != by[1]:
+            return f"{a.name} has it by {by[0]}, {b.name} by {by[1]}"
+    return None
+
+
+def _note(a: Evaluation, b: Evaluation) -> str | None:
+    if a.max_new_tokens is None or b.max_new_tokens in (None, a.max_new_tokens):
+        return None
+    return (
+        f"Outputs of {a.name} have up to {a.max_new_tokens} tokens, those of {b.name} up to {b.max_new_tokens}: "
+        "differences may come from their length."
     )
 
 

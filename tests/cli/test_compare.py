@@ -51,6 +51,29 @@ def test_directories(tmp_path: Path) -> None:
     assert (found["items"], found["differences"][0]["difference"]) == (30, 4.5)
 
 
+def test_values_by_different_judges_are_not_compared(tmp_path: Path) -> None:
+    folders = [
+        write(tmp_path / name, supports=[50.0 + step + number for number in range(30)])
+        for step, name in ((0, "a"), (9, "b"))
+    ]
+    for folder, encoder, idf, length in ((folders[0], "one", "2", 64), (folders[1], "one", "3", 128)):
+        subject = {"judged_by": {"support": encoder, "support of demo_news": idf}, "max_new_tokens": length}
+        (folder / "evaluated.json").write_text(json.dumps(subject))
+    shown = compare(*folders)
+    assert shown.returncode == 0, shown.stderr
+    assert f"demo_news Support: – ({folders[0]} has it by 2, {folders[1]} by 3)" in shown.stdout
+    assert "No measure of faithfulness is on both sides." in shown.stdout
+    assert f"Outputs of {folders[0]} have up to 64 tokens, those of {folders[1]} up to 128" in shown.stdout
+    (folders[1] / "evaluated.json").write_text((folders[0] / "evaluated.json").read_text())
+    shown = compare(*folders)
+    assert "+9.00" in shown.stdout
+    assert "up to" not in shown.stdout
+    (folders[1] / "evaluated.json").write_text("{")
+    broken = compare(*folders)
+    assert broken.returncode == 2
+    assert "evaluated.json does not say who judged what" in broken.stderr
+
+
 def test_what_cannot_be_compared(tmp_path: Path) -> None:
     a = write(tmp_path / "a", supports=[50.0, 60.0])
     other = write(tmp_path / "b", supports=[50.0, 60.0], source="another")

@@ -200,6 +200,19 @@ def test_a_directory_of_another_model_is_refused(tiny_model: Path, settings: Set
         evaluate_to_directory(str(model), _spec("demo_news", limit=1), out, settings)
 
 
+def test_a_directory_that_cannot_be_read_or_made_is_named(tiny_model: Path, settings: Settings, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    evaluate_to_directory(str(tiny_model), _spec("demo_news", limit=1), out, settings)
+    for text in ("{", "[]", "{}"):
+        (out / "evaluated.json").write_text(text)
+        with pytest.raises(ConflictError, match=r"evaluated\.json does not say whose outputs"):
+            evaluate_to_directory(str(tiny_model), _spec("demo_news", limit=1), out, settings)
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(InvalidInputError, match="file can be no directory: File exists"):
+        evaluate_to_directory(str(tiny_model), _spec("demo_news", limit=1), file, settings)
+
+
 def test_a_directory_holds_one_idf(tiny_model: Path, settings: Settings, tmp_path: Path) -> None:
     out, encoder = tmp_path / "out", str(tmp_path / "encoder")
     make_encoder(Path(encoder))
