@@ -49,7 +49,7 @@ def local_rows(path: Path) -> Iterator[Row]:
     if not path.is_file():
         raise DatasetError(
             f"there is no file {path} (looked in {Path.cwd()})",
-            fix="Correct the path, use a hub id such as databricks/databricks-dolly-15k, or demo_instructions.",
+            fix="Correct the path, or name a data set by its id on the hub where one will do.",
         )
     if not path.name.endswith(FORMATS):
         raise DatasetError(f"{path} has an unknown format", fix=f"Convert it to one of {', '.join(FORMATS)}.")
@@ -77,13 +77,13 @@ def _json_object(line: bytes, *, place: str) -> Mapping[str, Any]:
         raise DatasetError(f"{place}: is not UTF-8: {error}", fix="Save the file as UTF-8.") from None
     except json.JSONDecodeError as error:
         raise DatasetError(
-            f"{place}: is not JSON: {error.msg} at column {error.colno}",
-            fix='Write one object per line, such as {"instruction": "...", "response": "..."}.',
+            f"{place}: is not JSON: {error.msg.removesuffix(' at')} at column {error.colno}",
+            fix="Write one JSON object per line.",
         ) from None
     if not isinstance(values, dict):
         raise DatasetError(
             f"{place}: holds {type(values).__name__}, not an object",
-            fix='Write one object per line, such as {"instruction": "...", "response": "..."}.',
+            fix="Write one JSON object per line.",
         )
     return values
 

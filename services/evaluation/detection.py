@@ -139,7 +139,7 @@ def _in_parts(judge: Callable[[Pairs], list[Judged]], pairs: Pairs, progress: Pr
 
 def _from_verdict(verdict: Verdict) -> Detection:
     if verdict.score is None:
-        return Detection(score=None, spans=[], missing=NOTHING)
+        return Detection(score=None, spans=[], missing=verdict.missing or NOTHING)
     return Detection(score=1 - verdict.score / 100, spans=verdict.spans)
 
 

@@ -2,10 +2,12 @@
 
 It is FLAN-T5-base's encoder with two classes, read at the first position of a fixed prompt (model card of
 vectara/hallucination_evaluation_model, Apache-2.0). Texts are never cut: the card gives the model no limit of length.
+What would not fit into a machine's memory has no score.
 """
 
 import functools
 import json
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,8 @@ FLAN_T5_BASE = {
 PREFIX = "t5."
 SHARED = "transformer.shared.weight"
 EMBEDDED = "transformer.encoder.embed_tokens.weight"
+LONGEST = 8192
+"""Tokens of a prompt, some 6,000 words. Its attention takes memory by the square: 7 GiB for so many, 60 for 25,000."""
 CONSISTENT = 1
 PAD_ID = 0
 
@@ -58,12 +62,14 @@ class Hhem:
         self.tokenizer = tokenizer
 
     @torch.inference_mode()
-    def score(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
-        """Of each (premise, hypothesis), in order, whole however long it is."""
+    def score(self, pairs: Sequence[tuple[str, str]]) -> list[float | None]:
+        """Of each (premise, hypothesis), in order, read whole; None where that is more than LONGEST tokens."""
         prompts = [PROMPT.format(premise=premise, hypothesis=hypothesis) for premise, hypothesis in pairs]
         rows = [encoding.ids for encoding in self.tokenizer.encode_batch(prompts)]
-        scores = [0.0] * len(rows)
-        for indices in by_length([len(row) for row in rows]):
+        scores: list[float | None] = [None] * len(rows)
+        short = [index for index, row in enumerate(rows) if len(row) <= LONGEST]
+        for batch in by_length([len(rows[index]) for index in short]):
+            indices = [short[place] for place in batch]
             ids_BT, mask_BT = pad_right([rows[index] for index in indices], pad_id=PAD_ID)
             device = self.model.device
             logits_BC = self.model(input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device)).logits[:, 0]
@@ -86,9 +92,15 @@ class Hhem:
             if not found:
                 verdicts.append(Verdict(score=None))
                 continue
-            supported = [known[document, output[start:end]] for start, end in found]
+            whole = known[document, output]
+            singly = [known[document, output[start:end]] for start, end in found]
+            supported = [one for one in singly if one is not None]
+            if whole is None or len(supported) < len(singly):
+                missing = f"document and summary have more than the {LONGEST} tokens that HHEM reads here"
+                verdicts.append(Verdict(score=None, missing=missing))
+                continue
             spans = sentence_spans(found, supported, detector=DETECTOR, explain=_explain(supported))
-            verdicts.append(Verdict(score=100 * known[document, output], spans=spans))
+            verdicts.append(Verdict(score=100 * whole, spans=spans))
         return verdicts
 
 
@@ -99,7 +111,13 @@ def load_hhem(name: str = NAME, *, settings: Settings) -> Hhem:
     """
     directory = Path(name).expanduser()
     if not directory.is_dir():
-        directory = fetch_model(name, settings=settings)
+        try:
+            directory = fetch_model(name, settings=settings)
+        except ModelNotFoundError as error:
+            fix = (
+                f"Name a directory with the files of {NAME}, connect to the hub, or use consistency, which needs none."
+            )
+            raise ModelNotFoundError(error.what, fix=fix) from None
     return _load(directory.absolute(), settings)
 
 
@@ -162,6 +180,7 @@ def _fetch_tokenizer(foundation: str, *, settings: Settings) -> Path:
 
 
 def _not_hhem(directory: Path, why: str) -> ModelNotFoundError:
+    why = textwrap.shorten(why, width=200, placeholder=" ...")
     return ModelNotFoundError(f"{directory} is not HHEM: {why}", fix=f"Name a directory with the files of {NAME}.")
 
 

@@ -63,14 +63,14 @@ def mean_score(metric: str, generations: Sequence[Generation], metrics: Metrics,
     values = [generation.scores[metric] for generation in generations if metric in generation.scores]
     if len(values) < len(generations):
         log.warning(
-            "%s: %d of %d outputs have no %s, because they are empty or say nothing that could be looked up",
+            "%s: %d of %d outputs have no %s, because they are empty, too long, or say nothing that could be looked up",
             benchmark,
             len(generations) - len(values),
             len(generations),
             metric,
         )
     if not values:
-        missing = "every output is empty or says nothing that could be looked up"
+        missing = "every output is empty, too long, or says nothing that could be looked up"
         return Score(benchmark=benchmark, metric=metric, value=None, missing=missing, items=0)
     return Score(benchmark=benchmark, metric=metric, value=sum(values) / len(values), items=len(values))
 

@@ -78,7 +78,7 @@ def load_metrics(
                 metric, spec, references=references, loaded=loaded, name=name, settings=settings
             )
         except SmoothKDError as error:
-            log.warning("%s: no %s: %s %s", benchmark, metric, error.what, error.fix)
+            log.warning("%s: no %s: %s. %s", benchmark, metric, error.what, error.fix)
             metrics.missing[metric] = describe(error)
         except Exception as error:
             log.warning("%s: no %s", benchmark, metric, exc_info=True)

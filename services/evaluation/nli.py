@@ -68,6 +68,10 @@ class NliJudge:
         # Only the longer of the two gives way, so that the hypothesis stays whole unless it alone is too long.
         return self.tokenizer(premise, hypothesis, truncation="longest_first", max_length=self.longest)
 
+    def _token_ids(self, text: str) -> list[int]:
+        # Not verbose: it warns of texts that are longer than the model reads, and these are cut up later.
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
     def _windows(self, document: str) -> list[str]:
         """Runs of whole sentences of up to WINDOW_TOKENS tokens; each begins with the last sentence of the one before.
 
@@ -75,7 +79,7 @@ class NliJudge:
         """
         ranges = split_sentences(document)
         limit = min(WINDOW_TOKENS, self.longest // 2)
-        counts = [len(self.tokenizer.tokenize(document[start:end])) for start, end in ranges]
+        counts = [len(self._token_ids(document[start:end])) for start, end in ranges]
         windows = []
         first = 0
         while first < len(ranges):

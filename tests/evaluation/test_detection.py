@@ -109,6 +109,8 @@ def test_nli_without_a_model_and_hhem_without_a_hub_say_what_to_do(tmp_path):
     options = DetectorOptions(settings=Settings(offline=True))
     with pytest.raises(InvalidInputError, match="needs a cross-encoder"):
         detect_file("nli", source=source, target=tmp_path / "out.jsonl", options=options)
-    with pytest.raises(ModelNotFoundError, match="no model hub can be reached"):
+    with pytest.raises(ModelNotFoundError, match="no model hub can be reached") as caught:
         detect_file("hhem", source=source, target=tmp_path / "out.jsonl", options=options)
+    assert "vectara/hallucination_evaluation_model" in caught.value.fix
+    assert "SmolLM2" not in caught.value.fix
     assert not (tmp_path / "out.jsonl").exists()

@@ -11,6 +11,8 @@ from transformers import T5ForTokenClassification
 
 from services.contract.errors import ModelNotFoundError
 from services.contract.settings import Settings
+from services.evaluation import hhem as hhem_module
+from services.evaluation.detection import DetectorOptions, detect_file
 from services.evaluation.hhem import load_hhem
 from tests.evaluation.tiny_judges import TEXTS, make_hhem
 
@@ -39,6 +41,28 @@ def test_long_articles_are_read_to_their_end(published: tuple[Path, T5ForTokenCl
     long, other = TEXTS[1] * 60, TEXTS[1] * 60 + TEXTS[3]
     assert len(hhem.tokenizer.encode(long).ids) > 512
     assert hhem.score([(long, "Ferries.")]) != pytest.approx(hhem.score([(other, "Ferries.")]), abs=1e-6)
+
+
+def test_what_would_not_fit_into_memory_has_no_score(
+    published: tuple[Path, T5ForTokenClassification], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, model = published
+    hhem = load_hhem(str(directory), settings=SETTINGS)
+    pairs = [(TEXTS[1] * 60, "Ferries."), (TEXTS[1], "Ferries."), (TEXTS[1], "Ferries. " * 200)]
+    longest = len(hhem.tokenizer.encode(hhem_module.PROMPT.format(premise=TEXTS[1], hypothesis="Ferries.")).ids)
+    monkeypatch.setattr(hhem_module, "LONGEST", longest)
+    expected = _plain(directory, model, *pairs[1])
+    assert hhem.score(pairs) == [None, pytest.approx(expected, abs=1e-5), None]
+    first, second, third = hhem.judge(pairs)
+    assert second.score == pytest.approx(100 * expected, abs=1e-3)
+    assert (first.score, third.score) == (None, None)
+    assert f"more than the {longest} tokens" in str(first.missing)
+    file = directory.parent / "in.jsonl"
+    file.write_text("".join(json.dumps({"document": one, "summary": other}) + "\n" for one, other in pairs))
+    options = DetectorOptions(model=str(directory), settings=SETTINGS)
+    assert detect_file("hhem", source=file, target=directory.parent / "out.jsonl", options=options) == 2
+    lines = [json.loads(line) for line in (directory.parent / "out.jsonl").read_text().splitlines()]
+    assert [line.get("missing") for line in lines] == [first.missing, None, third.missing]
 
 
 def test_sentences_that_are_inconsistent_become_spans(published: tuple[Path, T5ForTokenClassification]) -> None:

@@ -21,7 +21,7 @@ PAIRS = [
     ("Two bridges were closed.", TEXTS[2]),
     ("A mayor opened a library.", "A mayor opened a library."),
     ("Snow.", TEXTS[3]),
-    ("Zürich ¿zebra?", "The zebra ¿of Zürich?"),
+    ("Zürich ꙮ zebra?", "The zebra ꙮ of Zürich, ꙮ."),
 ]
 
 
@@ -44,13 +44,16 @@ def test_meteor_without_synonyms_by_hand() -> None:
 
 
 @pytest.mark.parametrize("idf", [False, True])
-def test_bertscore_is_the_authors_formula(tmp_path: Path, idf: bool) -> None:
-    make_encoder(tmp_path / "encoder")
-    bertscore = load_bertscore(str(tmp_path / "encoder"), settings=Settings(offline=True))
+@pytest.mark.parametrize("encoder", ["tiny", "minilm"])
+def test_bertscore_is_the_authors_formula(
+    tmp_path: Path, encoder: str, idf: bool, request: pytest.FixtureRequest
+) -> None:
+    if encoder == "tiny":
+        make_encoder(tmp_path)
+    directory: Path = tmp_path if encoder == "tiny" else request.getfixturevalue("minilm")
+    bertscore = load_bertscore(str(directory), settings=Settings(offline=True))
     weights = bertscore.idf([reference for _, reference in PAIRS]) if idf else None
-    expected = plain_bertscore(
-        tmp_path / "encoder", PAIRS, references=[reference for _, reference in PAIRS] if idf else None
-    )
+    expected = plain_bertscore(directory, PAIRS, references=[reference for _, reference in PAIRS] if idf else None)
     assert bertscore.tokenizer.unk_token_id in bertscore.tokenizer(PAIRS[-1][0])["input_ids"]
     assert bertscore.score(PAIRS, weights=weights) == pytest.approx(expected, abs=1e-3)
     assert bertscore.score([("", "A text."), (" ", "A text.")]) == [None, None]

@@ -1,5 +1,6 @@
 """``smoothkd detect --detector lookback``: which words of a summary the model wrote without looking at the document."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from services.evaluation.lookback.lens import (
     token_scores,
 )
 from services.evaluation.lookback.measure import MeasuredAnswer
+
+log = logging.getLogger(__name__)
 
 DETECTOR = "lookback"
 
@@ -62,6 +65,14 @@ def detect_lookback(
     measured = measure_summaries(
         lens_model, pairs, instruction=instruction or loaded.instruction, cache=cache, progress=progress
     )
+    if truncated := sum(one.truncated for one in measured):
+        log.warning(
+            "%d of %d documents do not fit into the model's window of %d tokens beside their summaries and were read "
+            "without their end",
+            truncated,
+            len(pairs),
+            lens_model.window,
+        )
     detections = []
     for (_, summary), ratios in zip(pairs, measured, strict=True):
         if ratios.missing is not None:
