@@ -4,6 +4,7 @@ Shape suffixes: N label positions, C rows of a chunk, D hidden size, V vocabular
 S a student's hidden size.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import ml_dtypes
@@ -31,7 +32,8 @@ from teacher_server.student_heads import StudentHeads
 _CHUNK_ELEMENTS = 2**24
 """Logits that exist at a time: 64 MiB in float32."""
 
-_BLOCK_ROWS = 16_384
+_BLOCK_ELEMENTS = 2**21
+"""Of a 16-bit head, turned into float32 at a time: 8 MiB, which a processor's cache holds until they are used."""
 
 
 class TorchHead:
@@ -68,47 +70,79 @@ class TorchHead:
             soft_cap=self.soft_cap,
         )
 
-    def score(self, hidden_TD: torch.Tensor, sequence: TokenSequence, options: LabelOptions) -> ScoredSequence:
-        """The labels of a sequence from the hidden states of all its tokens, on any device.
+    def score(self, work: Sequence[tuple[torch.Tensor, TokenSequence, LabelOptions]]) -> list[ScoredSequence]:
+        """The labels of sequences from the hidden states [T, D] of all their tokens, on any device.
 
         StudentHeadMissingError when ``options`` name a student head that is not here.
         """
+        states = [self._states(hidden_TD, sequence) for hidden_TD, sequence, _ in work]
+        exact = [place for place, (_, _, options) in enumerate(work) if options.encoding == "exact"]
+        checks = self._checks([(states[place], work[place][1]) for place in exact])
+        checked = dict(zip(exact, checks, strict=True))
+        scored = []
+        for place, ((_, sequence, options), hidden_ND) in enumerate(zip(work, states, strict=True)):
+            if place in checked:
+                labels: SoftLabels = ExactLabels(hidden_ND=to_numpy(hidden_ND))
+                token_logprobs_P = checked[place]
+            else:
+                token_logprobs_P, labels = self._labels(hidden_ND, sequence, options)
+            scored.append(
+                ScoredSequence(
+                    id=sequence.id,
+                    sequence_hash=hash_sequence(sequence.token_ids, sequence.label_positions),
+                    token_logprobs_P=token_logprobs_P,
+                    labels=labels,
+                )
+            )
+        return scored
+
+    def _states(self, hidden_TD: torch.Tensor, sequence: TokenSequence) -> torch.Tensor:
         # The state after token p - 1 predicts token p.
         positions_N = torch.tensor(sequence.label_positions, dtype=torch.long, device=hidden_TD.device)
-        hidden_ND = hidden_TD[positions_N - 1].to(device=self.weight_VD.device, dtype=self.weight_VD.dtype)
-        token_logprobs_P, labels = self._labels(hidden_ND, sequence, options)
-        return ScoredSequence(
-            id=sequence.id,
-            sequence_hash=hash_sequence(sequence.token_ids, sequence.label_positions),
-            token_logprobs_P=token_logprobs_P,
-            labels=labels,
+        return hidden_TD[positions_N - 1].to(device=self.weight_VD.device, dtype=self.weight_VD.dtype)
+
+    def _checks(self, work: Sequence[tuple[torch.Tensor, TokenSequence]]) -> list[Array]:
+        """Float32 [P] for each: log-probabilities of the tokens that come with exact labels.
+
+        The student computes the other logits. Reading the head costs more than these few rows of one sequence do, so
+        that those of all sequences share its products.
+        """
+        if not work:
+            return []
+        rows, tokens = [], []
+        for hidden_ND, sequence in work:
+            checked_P = checked_positions(len(hidden_ND), "exact")
+            rows.append(hidden_ND[torch.from_numpy(checked_P).to(hidden_ND.device)])
+            tokens.append(_label_tokens(sequence)[checked_P])
+        tokens_R = torch.from_numpy(np.concatenate(tokens)).to(self.weight_VD.device)
+        chunk = self._chunk_rows()
+        logprobs_R = torch.cat(
+            [
+                _token_logprobs(self.logits(hidden_CD), tokens_C)
+                for hidden_CD, tokens_C in zip(torch.cat(rows).split(chunk), tokens_R.split(chunk), strict=True)
+            ]
         )
+        return [to_numpy(part) for part in logprobs_R.split([len(part) for part in tokens])]
 
     def _labels(
         self, hidden_ND: torch.Tensor, sequence: TokenSequence, options: LabelOptions
     ) -> tuple[Array, SoftLabels]:
-        """Log-probabilities of the actual tokens, float32 [P] at temperature 1, and the labels."""
-        if options.encoding == "exact":
-            # The student computes the logits; here only those of the positions that it checks.
-            checked_P = checked_positions(len(hidden_ND), "exact")
-            return self._token_logprobs(hidden_ND, sequence, checked_P), ExactLabels(hidden_ND=to_numpy(hidden_ND))
+        """Log-probabilities of the actual tokens, float32 [N] at temperature 1, and labels that need all logits."""
         device = hidden_ND.device
-        positions_N = np.asarray(sequence.label_positions, dtype=np.int64)
-        tokens_N = torch.from_numpy(np.asarray(sequence.token_ids, dtype=np.int64)[positions_N]).to(device)
+        tokens_N = torch.from_numpy(_label_tokens(sequence)).to(device)
         uniforms_NM = torch.empty(0)
         if options.encoding == "sampled":
             drawn = label_uniforms(options.seed, sequence.token_ids, sequence.label_positions, draws=options.draws)
             uniforms_NM = torch.from_numpy(drawn).to(device)
         head = self.student_heads.get(options.student_head) if options.encoding == "projected" else None
-        chunk = max(1, _CHUNK_ELEMENTS // len(self.weight_VD))
+        chunk = self._chunk_rows()
         token_logprobs: list[torch.Tensor] = []
         parts: list[tuple[torch.Tensor, ...]] = []
         # At least one chunk, so that a sequence without label positions has arrays of the right width.
         for start in range(0, max(1, len(hidden_ND)), chunk):
             rows = slice(start, start + chunk)
             logits_CV = self.logits(hidden_ND[rows])
-            chosen_C = logits_CV.gather(1, tokens_N[rows, None])[:, 0]
-            token_logprobs.append(chosen_C - logits_CV.logsumexp(dim=1))
+            token_logprobs.append(_token_logprobs(logits_CV, tokens_N[rows]))
             if options.encoding == "top_k":
                 parts.append(_top_k(logits_CV, options))
             elif options.encoding == "full":
@@ -127,13 +161,8 @@ class TorchHead:
             return logprobs_N, ProjectedLabels(embedding_NS=columns[0], bias_N=columns[1] if len(columns) > 1 else None)
         return logprobs_N, TopKLabels(ids_NK=columns[0], logprobs_NK=columns[1], tail_mass_N=columns[2])
 
-    def _token_logprobs(self, hidden_ND: torch.Tensor, sequence: TokenSequence, chosen_P: Array) -> Array:
-        tokens_P = np.asarray(sequence.token_ids, dtype=np.int64)[
-            np.asarray(sequence.label_positions, dtype=np.int64)[chosen_P]
-        ]
-        logits_PV = self.logits(hidden_ND[torch.from_numpy(chosen_P)])
-        chosen_PV = torch.from_numpy(tokens_P).to(logits_PV.device)[:, None]
-        return to_numpy(logits_PV.gather(1, chosen_PV)[:, 0] - logits_PV.logsumexp(dim=1))
+    def _chunk_rows(self) -> int:
+        return max(1, _CHUNK_ELEMENTS // len(self.weight_VD))
 
     def logits(self, hidden_CD: torch.Tensor) -> torch.Tensor:
         """Float32 logits [C, V]: products of 16-bit weights are summed in float32 and never rounded to 16 bits."""
@@ -142,8 +171,7 @@ class TorchHead:
         elif self.weight_VD.is_cuda:
             logits_CV = torch.mm(hidden_CD, self.weight_VD.T, out_dtype=torch.float32)
         else:
-            blocks = self.weight_VD.split(_BLOCK_ROWS)
-            logits_CV = torch.cat([hidden_CD.float() @ block.float().T for block in blocks], dim=1)
+            logits_CV = _product_in_float32(hidden_CD, self.weight_VD)
         if self.bias_V is not None:
             logits_CV = logits_CV + self.bias_V.float()
         logits_CV = logits_CV * self.logit_scale
@@ -170,7 +198,7 @@ class _StudentHead:
         """Mean row [C, S], and mean bias [C] where there is one, in float32."""
         mean_CS = probs_CV.new_zeros(len(probs_CV), self._weight_VS.shape[1])
         start = 0
-        for block in self._weight_VS.split(_BLOCK_ROWS):
+        for block in _blocks(self._weight_VS):
             mean_CS.addmm_(probs_CV[:, start : start + len(block)], block.float())
             start += len(block)
         return (mean_CS,) if self._bias_V is None else (mean_CS, probs_CV @ self._bias_V)
@@ -182,6 +210,28 @@ def to_numpy(tensor: torch.Tensor) -> Array:
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return np.asarray(tensor.numpy())
+
+
+def _product_in_float32(hidden_CD: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+    logits_CV = hidden_CD.new_empty((len(hidden_CD), len(weight_VD)), dtype=torch.float32)
+    start = 0
+    for block in _blocks(weight_VD):
+        logits_CV[:, start : start + len(block)] = hidden_CD.float() @ block.float().T
+        start += len(block)
+    return logits_CV
+
+
+def _blocks(weight_VD: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return weight_VD.split(max(1, _BLOCK_ELEMENTS // weight_VD.shape[1]))
+
+
+def _label_tokens(sequence: TokenSequence) -> Array:
+    """Int64 [N]: the actual token at each label position."""
+    return np.asarray(sequence.token_ids, dtype=np.int64)[np.asarray(sequence.label_positions, dtype=np.int64)]
+
+
+def _token_logprobs(logits_CV: torch.Tensor, tokens_C: torch.Tensor) -> torch.Tensor:
+    return -torch.nn.functional.cross_entropy(logits_CV, tokens_C, reduction="none")
 
 
 def _top_k(logits_CV: torch.Tensor, options: LabelOptions) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -99,10 +99,9 @@ class TransformersModel:
     @torch.inference_mode()
     def score(self, work: Sequence[tuple[TokenSequence, LabelOptions]]) -> list[ScoredSequence]:
         hidden_BTD = self._hidden([sequence.token_ids for sequence, _ in work])
-        return [
-            self._torch_head.score(hidden_TD, sequence, options)
-            for hidden_TD, (sequence, options) in zip(hidden_BTD, work, strict=True)
-        ]
+        return self._torch_head.score(
+            [(hidden_TD, sequence, options) for hidden_TD, (sequence, options) in zip(hidden_BTD, work, strict=True)]
+        )
 
     @property
     def student_heads(self) -> StudentHeads[Any]:

@@ -26,12 +26,18 @@ from teacher_server.adapter import merge_adapter
 from teacher_server.checkpoint_head import load_checkpoint_head
 from teacher_server.engine import ENGINE_FAILED, BatchReport, Capacity, TeacherCard
 from teacher_server.fingerprint import fingerprint_model
+from teacher_server.gathered import Gathered
 from teacher_server.student_heads import StudentHeads
 from teacher_server.tokenizer import load_tokenizer, stop_token_ids
 from teacher_server.torch_head import TorchHead, to_numpy
 from teacher_server.weights import Weights
 
 logger = logging.getLogger(__name__)
+
+_Work = tuple[torch.Tensor, TokenSequence, LabelOptions]
+
+_LABELLED_TOGETHER = 32
+"""Sequences of exact labels, which share a product with the head; others take too long to wait for each other."""
 
 
 class VllmEngine:
@@ -86,6 +92,7 @@ class VllmEngine:
         )
         # The head's products use every core; two at a time would only slow each other down.
         self._head_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="teacher-head")
+        self._exact = Gathered(self._label, executor=self._head_thread, most=_LABELLED_TOGETHER)
 
     def describe(self) -> TeacherCard:
         return self.card
@@ -134,8 +141,10 @@ class VllmEngine:
         if hidden_TD.shape != (len(sequence.token_ids), self.card.hidden_size):
             # vLLM answers an aborted request with an empty tensor instead of an error.
             raise TeacherUnavailableError("the teacher gave it up", fix="Ask for this sequence again.")
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._head_thread, self._label, sequence, hidden_TD, options)
+        work = (hidden_TD, sequence, options)
+        if options.encoding == "exact":
+            return await self._exact(work)
+        return (await asyncio.get_running_loop().run_in_executor(self._head_thread, self._label, [work]))[0]
 
     async def generate(self, prompt: Prompt, options: DecodeOptions) -> Continuation:
         from vllm import SamplingParams
@@ -167,8 +176,8 @@ class VllmEngine:
         self._head_thread.shutdown(wait=False, cancel_futures=True)
 
     @torch.inference_mode()
-    def _label(self, sequence: TokenSequence, hidden_TD: torch.Tensor, options: LabelOptions) -> ScoredSequence:
-        return self._torch_head.score(hidden_TD, sequence, options)
+    def _label(self, work: Sequence[_Work]) -> list[ScoredSequence]:
+        return self._torch_head.score(work)
 
     async def _last(self, outputs: AsyncGenerator[Any, None]) -> Any:
         from vllm.v1.engine.exceptions import EngineDeadError
