@@ -49,7 +49,7 @@ def draw_studies(sweep_id: str) -> bool:
 
 
 def read_studies(sweep: SweepRecord, metric: str) -> tuple[list[CaseStudy], dict[str, str]]:
-    """The studies, those first where KD helped most, and what sets each run apart.
+    """The studies, those first where SFT and KD differ most, and what sets each run apart.
 
     Read anew when a run has changed state or another metric is asked for.
     """
@@ -101,7 +101,7 @@ def filter_studies(sweep_id: str, studies: Sequence[CaseStudy]) -> list[CaseStud
         st.session_state["studies-metrics"],
         format_func=metric_title,
         key=f"metric-{sweep_id}",
-        help="Per item, KD's best output against SFT's; items where KD is better by most come first.",
+        help="Per item, the KD output that differs most from SFT's; the widest differences come first, either way.",
     )
     benchmark = left.selectbox("Benchmark", ["all", *benchmarks], key=f"benchmark-{sweep_id}")
     better = middle.selectbox("Show", ["all items", "KD better", "SFT better"], key=f"better-{sweep_id}")

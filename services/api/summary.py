@@ -30,13 +30,10 @@ Column = tuple[str, str]
 class RankedItem(NamedTuple):
     """A benchmark item's place among the case studies: smaller tuples come first."""
 
-    negative_difference: float
+    negative_width: float
     benchmark: str
     item_id: str
-
-    @property
-    def difference(self) -> float:
-        return 0.0 - self.negative_difference
+    difference: float
 
 
 def summarise(sweep: SweepRecord, runs: Sequence[RunRecord], scores: Mapping[str, Sequence[Score]]) -> Summary:
@@ -83,13 +80,13 @@ def rank_items(
     metric: str = UNSUPPORTED,
     higher_is_better: bool = True,
 ) -> list[RankedItem]:
-    """Items that SFT and at least one distilled student answered, those first where distilling helped most.
+    """Items that SFT and at least one distilled student answered, those first where they differ most, either way.
 
     ``runs`` come from ``compared_runs``; ``generations`` gives each one's answers by run id. They are read once
-    and not kept, so a benchmark may be larger than memory. The difference is how much better the best distilled
-    student that said anything is than SFT: by the unsupported share of the words, or by a per-item metric of 100
-    points, whose items without a value on either side are left out. Equal differences stand in order of benchmark
-    and item.
+    and not kept, so a benchmark may be larger than memory. The difference is how much better that distilled student
+    is than SFT which said anything and differs most from it, the worse one of two that differ alike: by the
+    unsupported share of the words, or by a per-item metric of 100 points, whose items without a value on either side
+    are left out. Differences of equal width stand in order of benchmark and item.
     """
     sign = 1.0 if metric != UNSUPPORTED and higher_is_better else -1.0
     baseline: dict[tuple[str, str], float] = {}
@@ -106,11 +103,13 @@ def rank_items(
                 shares = distilled.setdefault(item, [])
                 # An empty output has nothing unsupported in it, and is no better for that.
                 shares += [sign * share] if answer.output.strip() else []
-    return sorted(
-        RankedItem(share - max(distilled[item], default=share), *item)
-        for item, share in baseline.items()
-        if item in distilled
-    )
+    found = []
+    for item, share in baseline.items():
+        if item in distilled:
+            gains = [theirs - share for theirs in distilled[item]]
+            widest = min(gains, key=lambda gain: (-abs(gain), gain), default=0.0)
+            found.append(RankedItem(-abs(widest), *item, widest))
+    return sorted(found)
 
 
 def case_studies(

@@ -56,7 +56,7 @@ def cases(
     benchmark: Annotated[str | None, typer.Option(help="Only this benchmark.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="As many items.")] = 20,
 ) -> None:
-    """Show or save the items where KD is better than SFT by most: source, outputs, unsupported spans."""
+    """Show or save the items where SFT and KD differ most, either way: source, outputs, unsupported spans."""
     from services.cli import case_views
 
     case_views.show_cases(sweep_id, out=out, metric=metric, benchmark=benchmark, limit=limit)

@@ -142,7 +142,7 @@ class ApiClient:
         limit: int = 20,
         cursor: str | None = None,
     ) -> CaseStudyPage:
-        """Where KD is better than SFT by most first; ``metric`` None goes by the unsupported share of the words."""
+        """Where SFT and KD differ most first, either way; ``metric`` None goes by the share of unsupported words."""
         path = f"/v1/sweeps/{_part(sweep_id)}/case-studies"
         return self._get(path, CaseStudyPage, benchmark=benchmark, metric=metric, limit=limit, cursor=cursor)
 

@@ -154,7 +154,8 @@ class CaseStudy(Record):
     outputs: list[CaseOutput]
     metric: str = Field(default="unsupported_words", description="What the difference is of.")
     difference: float = Field(
-        description="How much better the best KD output is than SFT's, in hundredths of the metric's 100 points."
+        description="How much better than SFT's the KD output is that differs most from it, in hundredths of the "
+        "metric's 100 points; negative where it is worse."
     )
 
 

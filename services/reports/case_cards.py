@@ -12,6 +12,10 @@ UNSUPPORTED = "unsupported_words"
 STYLE = Path(__file__).with_name("cards.css")
 
 
+UNLIKE = "the KD output that differs most against SFT's"
+"""Whose difference a study shows."""
+
+
 def article_html(study: CaseStudy) -> str:
     """The source, in a box that scrolls by itself, and the reference summary above it."""
     return (
@@ -49,21 +53,21 @@ def study_html(study: CaseStudy, *, number: int, settings: Mapping[str, str], co
 
 
 def difference_html(study: CaseStudy) -> str:
-    """How much better the best KD student is than SFT, by the metric that the study was found by."""
+    """How much better than SFT the KD student is that differs most, by the metric that the study was found by."""
     points = 100 * study.difference
     if study.metric != UNSUPPORTED:
         tone = "sk-better" if points > 0 else "sk-worse"
         better = "better" if points > 0 else "worse" if points < 0 else "apart"
         return (
             f'<span class="sk-difference {tone}">{escape(metric_title(study.metric))}: '
-            f"<strong>{abs(points):.1f} points {better}</strong> in the best KD output than in SFT's</span>"
+            f"<strong>{abs(points):.1f} points {better}</strong>, {UNLIKE}</span>"
         )
     if abs(points) < 0.5:
-        return '<span class="sk-difference">SFT and the best KD output are equally well supported</span>'
+        return '<span class="sk-difference">The outputs of SFT and KD are equally well supported</span>'
     fewer, tone = ("fewer", "sk-better") if points > 0 else ("more", "sk-worse")
     return (
-        f'<span class="sk-difference {tone}">Unsupported words: <strong>{abs(points):.0f} points {fewer}</strong> '
-        "in the best KD output than in SFT's</span>"
+        f'<span class="sk-difference {tone}">Unsupported words: <strong>{abs(points):.0f} points {fewer}</strong>, '
+        f"{UNLIKE}</span>"
     )
 
 

@@ -38,7 +38,7 @@ def _markdown(study: CaseStudy) -> list[str]:
     lines = [
         f"## {_inline(study.benchmark)}, {_inline(study.item_id)}",
         "",
-        f"{metric_title(study.metric)}: the best KD output is {abs(points):.1f} points "
+        f"{metric_title(study.metric)}: the KD output that differs most is {abs(points):.1f} points "
         f"{'better' if points >= 0 else 'worse'} than SFT's.",
         "",
         "Source:",

@@ -187,6 +187,8 @@ def test_case_studies_come_widest_difference_first() -> None:
             answer("1", "one two three four", "two"),  # 1/4 - 0 = 1/4
             answer("2", "one two", "one", "two"),  # 1 - 1/2 = 1/2: the better KD's
             answer("3", "one two", "one"),  # 1/2 - 1 = -1/2: KD is worse
+            answer("7", "one two three four", "two"),  # 1/4 - 1 = -3/4 and 1/4 - 0 = 1/4: the wider one
+            answer("8", "one two three four", "one", "two"),  # 1/2 - 1 and 1/2 - 0: alike, the worse one
             answer("4", "only SFT", "SFT"),
             answer("5", "one two", "one"),  # 1/2: the empty KD output is no better for being empty
         ],
@@ -195,11 +197,15 @@ def test_case_studies_come_widest_difference_first() -> None:
             answer("2", "one two", "one"),
             answer("3", "one", "one"),
             answer("5", ""),
+            answer("7", "one", "one"),
+            answer("8", "one two three four"),
         ],
         high: [
             answer("2", "one two", "one", "two"),
             answer("3", "two", "two"),
             answer("5", "one two", "two"),
+            answer("7", "one"),
+            answer("8", "one", "one"),
             answer("6", "only KD"),
         ],
     }
@@ -208,11 +214,14 @@ def test_case_studies_come_widest_difference_first() -> None:
     studies = case_studies(items, runs, generations.__getitem__)
 
     assert [(study.item_id, study.difference) for study in studies] == [
+        ("7", -0.75),
         ("2", 0.5),
+        ("3", -0.5),
+        ("8", -0.5),
         ("1", 0.25),
         ("5", 0.0),
-        ("3", -0.5),
     ]
+    studies = studies[1:2] + studies[4:5]
     assert [output.method for output in studies[0].outputs] == ["SFT", "KD alpha=0.1", "KD alpha=1"]
     assert [output.method for output in studies[1].outputs] == ["SFT", "KD alpha=0.1"]
     assert studies[0].outputs[1].spans == generations[low][1].spans

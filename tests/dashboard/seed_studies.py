@@ -46,21 +46,21 @@ def make_studies(runs: list[RunRecord]) -> list[CaseStudy]:
                 source=source,
                 reference=record["highlights"],
                 outputs=outputs,
-                difference=shares[0] - min(shares[1:]),
+                difference=max((shares[0] - share for share in shares[1:]), key=abs),
             )
         )
-    return sorted(studies, key=lambda study: -study.difference)
+    return sorted(studies, key=lambda study: -abs(study.difference))
 
 
 def by_metric(studies: list[CaseStudy], metric: str) -> list[CaseStudy]:
-    """Those that have the metric on both sides, KD's largest gain first."""
+    """Those that have the metric on both sides, the widest difference first."""
     found = []
     for study in studies:
         values = [output.scores.get(metric) for output in study.outputs]
         gains = [value - values[0] for value in values[1:] if value is not None and values[0] is not None]
         if gains:
-            found.append(study.model_copy(update={"metric": metric, "difference": max(gains) / 100}))
-    return sorted(found, key=lambda study: -study.difference)
+            found.append(study.model_copy(update={"metric": metric, "difference": max(gains, key=abs) / 100}))
+    return sorted(found, key=lambda study: -abs(study.difference))
 
 
 def invent(summary: str, *, facts: int, noise: random.Random) -> str:

@@ -101,8 +101,12 @@ def test_items_are_found_by_each_metric(api, visit):
     assert box.options[:2] == ["Unsupported words", "ROUGE-L"]
     box.select("rouge_l").run()
     first = by_metric(api.world.studies[FINISHED], "rouge_l")[0]
+    items = app.selectbox(key=f"item-{FINISHED}")
+    assert items.options[0].startswith(f"1. {first.item_id} ({100 * first.difference:+.0f} points)")
+    items.select_index(0).run()
     assert app.query_params["item"] == first.item_id
-    assert f"ROUGE-L: <strong>{100 * first.difference:.1f} points better</strong>" in html(app)
+    better = "better" if first.difference > 0 else "worse"
+    assert f"ROUGE-L: <strong>{100 * abs(first.difference):.1f} points {better}</strong>" in html(app)
 
 
 def test_what_is_shown_can_be_saved(api, visit):

@@ -37,7 +37,7 @@ def list_case_studies(
     limit: Annotated[int, Query(ge=1, le=MAX_CASE_STUDIES)] = 20,
     cursor: Cursor = None,
 ) -> CaseStudyPage:
-    """The same item answered by SFT and KD students, where distilling helped most first."""
+    """The same item answered by SFT and KD students, where they differ most first, whichever is better."""
     runs = compared_runs(read_runs(store, sweep_id))
     scores = [score for of_run in read_scores(store, runs).values() for score in of_run]
     higher_is_better = {score.metric: score.higher_is_better for score in scores}.get(metric, True)
@@ -51,13 +51,14 @@ def list_case_studies(
 
 
 def _encode(item: RankedItem) -> str:
-    return encode_cursor(repr(item.negative_difference), item.benchmark, item.item_id)
+    return encode_cursor(repr(item.difference), item.benchmark, item.item_id)
 
 
 def _decode(cursor: str) -> RankedItem:
-    difference, benchmark, item_id = map(str, decode_cursor(cursor, str, str, str))
+    text, benchmark, item_id = map(str, decode_cursor(cursor, str, str, str))
     try:
-        return RankedItem(float(difference), benchmark, item_id)
+        difference = float(text)
+        return RankedItem(-abs(difference), benchmark, item_id, difference)
     except ValueError:
         raise InvalidInputError(
             f"{cursor!r} is not a cursor of this list", fix="Pass next_cursor of the page before, unchanged."
