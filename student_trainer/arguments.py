@@ -35,7 +35,9 @@ def training_arguments(spec: RunSpec, checkpoints: Path, *, steps: int) -> Train
             "training.deepspeed needs DeepSpeed, which is not installed", fix="pip install deepspeed"
         )
     for tracker in training.report_to:
-        if importlib.util.find_spec(tracker) is None:
+        found = importlib.util.find_spec(tracker)
+        # What a tracker leaves in a folder of its own name is no package, though Python would take it for one.
+        if found is None or found.origin is None:
             raise MissingExtraError(
                 f"training.report_to names {tracker}, which is not installed",
                 fix=f"Run pip install {tracker}, or leave it out; the dashboard shows the same curves.",
@@ -69,7 +71,8 @@ def training_arguments(spec: RunSpec, checkpoints: Path, *, steps: int) -> Train
         logging_steps=math.ceil(steps / MOST_POINTS),
         # A loss that is not finite stops the run; the library would show the mean of the others instead.
         logging_nan_inf_filter=False,
-        report_to=list(training.report_to) or "none",
+        # Of the others the library would know neither the run's settings nor how it came out: trackers.py.
+        report_to=["tensorboard"] if "tensorboard" in training.report_to else "none",
         disable_tqdm=True,
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,

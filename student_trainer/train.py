@@ -9,7 +9,7 @@ from pathlib import Path
 
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
 
 from services.contract.errors import CancelledError
 from services.contract.records import MetricPoint
@@ -31,6 +31,7 @@ from student_trainer.progress import Progress
 from student_trainer.run_directory import RunDirectory, spec_text, write_whole
 from student_trainer.student import load_student, load_tokenizer, output_head, save_student, vocabulary_size
 from student_trainer.teacher import Teacher, connect_teachers
+from student_trainer.trackers import Trackers
 from student_trainer.trainer import DistillationTrainer, Objective
 from student_trainer.watcher import Watcher, stop_on_signals
 
@@ -66,35 +67,33 @@ def train(
 
     with stop_on_signals(should_stop) as stopping, _prepared(spec, settings, stopping) as parts:
         steps = optimizer_steps(spec, examples=len(parts.examples))
-        with Progress(spec.method, unit="steps", total=steps) as progress:
-            watcher = Watcher(
-                directory,
-                spec=spec,
-                progress=progress,
-                on_metrics=on_metrics,
-                on_progress=on_progress,
-                should_stop=stopping,
-            )
-            trainer = DistillationTrainer(
-                model=parts.model,
-                args=training_arguments(spec, directory.checkpoints, steps=steps),
-                examples=parts.examples,
-                held_out=parts.held_out,
-                objective=parts.objective,
-                callbacks=[watcher],
-                collate=parts.collate,
-                held_out_collate=parts.held_out_collate,
-            )
-            trainer.remove_callback(PrinterCallback)
-            if trainer.is_world_process_zero():
-                directory.claim(spec)
-            _run(trainer, directory, spec)
-        if watcher.stopped:
-            raise CancelledError(
-                f"stopped at step {trainer.state.global_step} of {steps}",
-                fix="Start the same run again to go on from its last checkpoint.",
-            )
-        _publish(trainer, directory, spec, parts=parts, settings=settings, before_rename=before_rename)
+        progress = Progress(spec.method, unit="steps", total=steps)
+        trackers = Trackers(spec, directory=out, offline=settings.offline)
+
+        def report(points: Sequence[MetricPoint]) -> None:
+            on_metrics(points)
+            trackers.add(points)
+
+        watcher = Watcher(
+            directory,
+            spec=spec,
+            progress=progress,
+            on_metrics=report,
+            on_progress=on_progress,
+            should_stop=stopping,
+        )
+        trainer = _trainer(parts, training_arguments(spec, directory.checkpoints, steps=steps), watcher)
+        if trainer.is_world_process_zero():
+            directory.claim(spec)
+        with trackers:
+            with progress:
+                _run(trainer, directory, spec)
+            if watcher.stopped:
+                raise CancelledError(
+                    f"stopped at step {trainer.state.global_step} of {steps}",
+                    fix="Start the same run again to go on from its last checkpoint.",
+                )
+            _publish(trainer, directory, spec, parts=parts, settings=settings, before_rename=before_rename)
     return directory.model
 
 
@@ -169,6 +168,21 @@ def _prepared(spec: RunSpec, settings: Settings, stopping: Callable[[], bool]) -
 def _collate(model: PreTrainedModel | PeftModel) -> Collate:
     start_id = decoder_start(model)
     return collate if start_id is None else partial(collate_apart, start_id=start_id)
+
+
+def _trainer(parts: _Parts, arguments: TrainingArguments, watcher: Watcher) -> DistillationTrainer:
+    trainer = DistillationTrainer(
+        model=parts.model,
+        args=arguments,
+        examples=parts.examples,
+        held_out=parts.held_out,
+        objective=parts.objective,
+        callbacks=[watcher],
+        collate=parts.collate,
+        held_out_collate=parts.held_out_collate,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def _publish(

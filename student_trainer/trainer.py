@@ -1,6 +1,6 @@
 """The training step: transformers' Trainer with the fused distillation loss in it.
 
-Checkpoints, resume, mixed precision, gradient accumulation, data parallelism and ``report_to`` stay the library's.
+Checkpoints, resume, mixed precision, gradient accumulation and data parallelism stay the library's.
 Shape suffixes: B sequences, T tokens, N response tokens, D hidden size.
 """
 
@@ -249,7 +249,7 @@ class DistillationTrainer(Trainer):
     def _not_finite(self, what: str, where: str) -> TrainingError:
         return TrainingError(
             f"the {what} is not finite at step {self.state.global_step + 1}{where}",
-            fix="Lower the learning rate or max_grad_norm, or train in bf16 or fp32. The last checkpoint is whole.",
+            fix="Lower the learning rate or max_grad_norm, or train in bf16 or fp32. Earlier checkpoints are whole.",
         )
 
 

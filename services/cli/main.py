@@ -184,7 +184,7 @@ def train(
 
     spec = load_run(run)
     from student_trainer.finetune import finetune_teacher
-    from student_trainer.launch import in_processes
+    from student_trainer.launch import REPORT_FILE, in_processes
     from student_trainer.train import train as train_student
 
     settings = _settings()
@@ -195,7 +195,9 @@ def train(
 
     command = ["services.cli.main", "train", str(run), "--out", str(out)]
     in_processes(work, command=command, processes=spec.training.processes)
-    typer.echo(out / "model")
+    # Of several processes only the one that waits for them answers.
+    if "RANK" not in os.environ or (os.environ["RANK"] == "0" and REPORT_FILE not in os.environ):
+        typer.echo(out / "model")
 
 
 @app.command(rich_help_panel=FILES)

@@ -20,6 +20,9 @@ class TrainingSpec(Spec):
 
     ``processes`` share the records of each batch, each with a GPU of its own where there are any. ``fsdp`` also shares
     weights, gradients and optimizer among them (FSDP2); ``deepspeed``: a DeepSpeed configuration to use instead.
+
+    ``report_to``: trackers that get the run's curves besides the store; their own environment variables say where they
+    keep them.
     """
 
     epochs: Annotated[int, Field(ge=1)] = 1
