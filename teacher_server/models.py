@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from safetensors import SafetensorError
+
 from services.contract.errors import (
     HandshakeError,
     OverloadedError,
@@ -237,7 +239,7 @@ def _require_turn(before: Served) -> None:
 async def _load_engine(source: EngineSource, weights: Weights) -> Engine:
     try:
         return await source.load(weights)
-    except (MemoryError, RuntimeError, ValueError, OSError, KeyError) as error:
+    except (MemoryError, RuntimeError, ValueError, OSError, KeyError, SafetensorError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if "trust_remote_code" in str(error):
             raise UnsupportedError(

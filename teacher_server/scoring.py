@@ -6,7 +6,9 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import AbstractContextManager, aclosing
 from typing import Any, Protocol, TypeVar
 
-from services.contract.errors import OverloadedError, SmoothKDError
+import numpy as np
+
+from services.contract.errors import OverloadedError, SmoothKDError, TeacherError
 from services.contract.sequences import Continuation, DecodeOptions, LabelOptions, Prompt, TokenSequence
 from services.contract.soft_labels import ScoredSequence, hash_sequence
 from services.contract.teacher.v1 import teacher_service_pb2 as pb
@@ -211,6 +213,12 @@ async def _as_they_come(
 
 
 def _encode(scored: ScoredSequence, label_dtype: str) -> bytes:
+    # A token may have no probability (-inf), but one that is no number means that the labels are none either.
+    if np.isnan(scored.token_logprobs_P).any():
+        raise TeacherError(
+            "the teacher's logits are not finite",
+            fix="The weights are damaged, or overflow in this precision: try --dtype bfloat16 or float32.",
+        )
     return encode_scored(scored, label_dtype=label_dtype).SerializeToString()
 
 

@@ -138,7 +138,8 @@ async def receive_student_head(
             weight_VS, bias_V = assembly.whole()
         except (ValueError, LabelMismatchError) as error:
             raise InvalidInputError(
-                f"the student head is not whole: {error}", fix="Send all rows, in order, as the header says."
+                f"the student head is not whole: {error.what if isinstance(error, LabelMismatchError) else error}",
+                fix="Send all rows, in order, as the header says."
             ) from None
         await asyncio.to_thread(_check, weight_VS, bias_V, fingerprint=fingerprint)
         await asyncio.to_thread(heads.put, fingerprint, LmHead(weight_VD=weight_VS, bias_V=bias_V))
@@ -161,7 +162,10 @@ def _announced(header: pb.StudentHeadHeader, heads: StudentHeads[Any], *, vocab_
             f"the student head has {header.vocab_size} rows, the teacher's vocabulary {vocab_size} tokens",
             fix="Send the rows of the vocabulary that both share, without padding.",
         )
-    dtype = tensor_dtype(header.dtype)
+    try:
+        dtype = tensor_dtype(header.dtype)
+    except LabelMismatchError as error:
+        raise InvalidInputError(f"the student head cannot be read: {error.what}", fix=error.fix) from None
     # ml_dtypes' bfloat16 is of kind V.
     if dtype.kind in "iu" or not 1 <= header.hidden_size <= MAX_WIDTH:
         raise InvalidInputError(

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from services.contract.errors import InvalidInputError
@@ -24,6 +24,15 @@ def _from_json(value: Any) -> Any:
         raise ValueError(f'not JSON ({error}); write {{"MODEL": "HOST:PORT"}}') from None
 
 
+def _as_header(value: SecretStr | None) -> SecretStr | None:
+    # Files and secrets often end in a line break, which belongs to no key and which no header can carry.
+    text = value.get_secret_value().strip() if value is not None else ""
+    if not (text.isascii() and text.isprintable()):
+        raise ValueError("holds characters that cannot be sent; keys are printable ASCII")
+    return SecretStr(text) if text else None
+
+
+Key = Annotated[SecretStr | None, AfterValidator(_as_header)]
 Addresses = Annotated[dict[str, str], NoDecode, BeforeValidator(_from_json)]
 
 
@@ -51,7 +60,7 @@ class Settings(BaseSettings):
     api_host: str = "127.0.0.1"
     api_port: Port = 8440
     api_url: str = Field(default="", description="Where clients find the API; empty means http://api_host:api_port.")
-    api_key: SecretStr | None = Field(default=None, description="Bearer key; required unless api_host is loopback.")
+    api_key: Key = Field(default=None, description="Bearer key; required unless api_host is loopback.")
 
     dashboard_host: str = "127.0.0.1"
     dashboard_port: Port = 8441
@@ -68,7 +77,7 @@ class Settings(BaseSettings):
         description="Where each of several teachers is: JSON that maps its model to an address; a model that is not in "
         "it is looked for at teacher_address.",
     )
-    teacher_token: SecretStr | None = Field(
+    teacher_token: Key = Field(
         default=None,
         description="Bearer token of the teacher service, on both sides; required off loopback where the teacher does "
         "not demand certificates of students.",
@@ -89,12 +98,12 @@ class Settings(BaseSettings):
         default=None, description="Soft labels that the teacher has computed; empty means data_dir/labels."
     )
     label_cache_gib: float = Field(
-        default=20.0, ge=0, description="Most disk space of the label cache; 0 keeps no labels."
+        default=20.0, ge=0, allow_inf_nan=False, description="Most disk space of the label cache; 0 keeps no labels."
     )
-    judge_key: SecretStr | None = Field(
+    judge_key: Key = Field(
         default=None, description="Bearer key of the judge that labels summaries for smoothkd lens train."
     )
-    model_server_key: SecretStr | None = Field(
+    model_server_key: Key = Field(
         default=None, description="Bearer key of the server that writes answers for smoothkd evaluate --server."
     )
     log_format: Literal["text", "json"] = Field(default="text", description="How services log to stderr.")

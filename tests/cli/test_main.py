@@ -234,3 +234,10 @@ def test_a_sweep_names_its_judges_from_where_its_file_lies(tmp_path):
     assert judges.lens == str(tmp_path / "lens.json")
     assert judges.nli == "cross-encoder/nli-deberta-v3-base"
     assert judges.idf is True
+
+
+@pytest.mark.parametrize("port", ["0", "99999"])
+def test_a_metrics_port_that_is_none_is_refused(port):
+    done = smoothkd("teacher", "--model", "300", "--engine", "mock", "--metrics-port", port)
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    assert port in done.stderr

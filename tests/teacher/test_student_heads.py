@@ -62,7 +62,18 @@ REFUSED: dict[str, tuple[list[pb.PutStudentHeadRequest], str, str, str]] = {
     "rows first": ([*rows(HEAD), header()], INVALID, "invalid_input", "without a header"),
     "another vocabulary": ([header(vocab_size=301)], FAILED, "handshake", "301 rows, the teacher's vocabulary 300"),
     "whole numbers": ([header(dtype=pb.TENSOR_TYPE_INT32)], INVALID, "invalid_input", "int32"),
-    "an unknown type": ([header(dtype=99)], FAILED, "label_mismatch", "unknown type 99"),
+    "an unknown type": ([header(dtype=99)], INVALID, "invalid_input", "unknown type 99"),
+    "no dimensions": (
+        [
+            header(),
+            pb.PutStudentHeadRequest(
+                rows=pb.LmHeadRows(weight=pb.Tensor(dtype=pb.TENSOR_TYPE_FLOAT32, data=bytes(4)))
+            ),
+        ],
+        INVALID,
+        "invalid_input",
+        "not whole: a tensor has 0 dimensions",
+    ),
     "no width": ([header(hidden_size=0)], INVALID, "invalid_input", "width 0"),
     "endless width": ([header(hidden_size=2**32 - 1)], INVALID, "invalid_input", "width 4294967295"),
     "no fingerprint": ([header(fingerprint="")], INVALID, "invalid_input", "no SHA-256"),

@@ -1,0 +1,85 @@
+"""Weights that are not all numbers, or not all there: what they spoil fails aloud, and nothing else does."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from services.contract.errors import TeacherError
+from services.contract.settings import Settings
+from services.contract.teacher.v1 import teacher_service_pb2 as pb
+from services.contract.teacher.v1.teacher_service_pb2_grpc import TeacherServiceStub
+from services.labels.cache import LabelCache
+from teacher_server.server import TeacherOptions
+from tests.teacher.serving import running_teacher
+
+SPOILT = 299
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    return Settings(data_dir=tmp_path_factory.mktemp("data"), label_cache_gib=1)
+
+
+@pytest.fixture(scope="module")
+def stub(
+    model_of: Callable[[str], Path], settings: Settings, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TeacherServiceStub]:
+    """Of a teacher whose embedding of one token is NaN, which its start cannot notice."""
+    directory = tmp_path_factory.mktemp("spoilt") / "model"
+    shutil.copytree(model_of("llama-untied"), directory)
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[SPOILT] = float("nan")
+    model.save_pretrained(directory)
+    options = TeacherOptions(model=str(directory), engine="transformers", port=0)
+    with running_teacher(options, settings=settings) as address, grpc.insecure_channel(address) as channel:
+        yield TeacherServiceStub(channel)
+
+
+@pytest.mark.parametrize(
+    "options", [{"encoding": 1}, {"encoding": 2, "k": 5}, {"encoding": 3}, {"encoding": 4, "draws": 8}], ids=str
+)
+def test_labels_that_are_no_numbers_are_neither_sent_nor_kept(
+    options: dict[str, int], stub: TeacherServiceStub, settings: Settings
+) -> None:
+    sequences = [
+        pb.ScoreSequence(id=str(n), token_ids=[7, n, SPOILT if n == 2 else 9, 11, 12], label_positions=[1, 3, 4])
+        for n in range(5)
+    ]
+    request = pb.ScoreSequencesRequest(options=pb.LabelOptions(**options), sequences=sequences)
+    with LabelCache(settings.resolved_label_cache_dir, max_bytes=2**30) as cache:
+        before = cache.stats().entries
+    answered = []
+    with pytest.raises(grpc.RpcError, match="sequence '2' failed: the teacher's .* not finite") as caught:
+        for answer in stub.ScoreSequences(request, timeout=30):
+            answered.append(answer.id)
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert sorted(answered) == ["0", "1", "3", "4"]
+    with LabelCache(settings.resolved_label_cache_dir, max_bytes=2**30) as cache:
+        assert cache.stats().entries == before + 4
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_text_is_not_decoded_from_what_is_no_number(temperature: float, stub: TeacherServiceStub) -> None:
+    prompts = [pb.GeneratePrompt(id=str(n), token_ids=[7, n, SPOILT if n == 1 else 9]) for n in range(3)]
+    request = pb.GenerateSequencesRequest(prompts=prompts, max_new_tokens=4, temperature=temperature)
+    answered = []
+    with pytest.raises(grpc.RpcError, match="sequence '1' failed: the teacher's logits are not finite"):
+        for answer in stub.GenerateSequences(request, timeout=30):
+            answered.append(answer.id)
+    assert sorted(answered) == ["0", "2"]
+
+
+def test_weights_that_were_cut_short_are_refused(model_of: Callable[[str], Path], tmp_path: Path) -> None:
+    directory = tmp_path / "cut"
+    shutil.copytree(model_of("llama-untied"), directory)
+    weights = directory / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    options = TeacherOptions(model=str(directory), engine="transformers", port=0)
+    with pytest.raises(TeacherError, match="cut cannot be loaded: .*not fully covered"), running_teacher(options):
+        pass
