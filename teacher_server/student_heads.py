@@ -139,7 +139,7 @@ async def receive_student_head(
         except (ValueError, LabelMismatchError) as error:
             raise InvalidInputError(
                 f"the student head is not whole: {error.what if isinstance(error, LabelMismatchError) else error}",
-                fix="Send all rows, in order, as the header says."
+                fix="Send all rows, in order, as the header says.",
             ) from None
         await asyncio.to_thread(_check, weight_VS, bias_V, fingerprint=fingerprint)
         await asyncio.to_thread(heads.put, fingerprint, LmHead(weight_VD=weight_VS, bias_V=bias_V))

@@ -30,9 +30,7 @@ def teacher(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model; read it first.")
     ] = False,
-    metrics_port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="Serve Prometheus metrics here.")
-    ] = None,
+    metrics_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Serve Prometheus metrics here.")] = None,
     drain_seconds: Annotated[
         float, typer.Option(min=0, help="How long a stopping teacher lets calls under way finish.")
     ] = 20.0,

@@ -24,7 +24,7 @@ def test_keys_lose_the_line_break_of_the_file_they_come_from(name: str, monkeypa
 @pytest.mark.parametrize("key", ["geh\u00e9im", "line\nbreak", "nul\x01"])
 def test_keys_that_no_header_can_carry_are_refused_and_not_shown(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SMOOTHKD_TEACHER_TOKEN", key)
-    with pytest.raises(InvalidInputError, match="SMOOTHKD_TEACHER_TOKEN: .*printable ASCII") as caught:
+    with pytest.raises(InvalidInputError, match=r"SMOOTHKD_TEACHER_TOKEN: .*printable ASCII") as caught:
         load_settings()
     assert key not in str(caught.value)
 

@@ -66,9 +66,7 @@ REFUSED: dict[str, tuple[list[pb.PutStudentHeadRequest], str, str, str]] = {
     "no dimensions": (
         [
             header(),
-            pb.PutStudentHeadRequest(
-                rows=pb.LmHeadRows(weight=pb.Tensor(dtype=pb.TENSOR_TYPE_FLOAT32, data=bytes(4)))
-            ),
+            pb.PutStudentHeadRequest(rows=pb.LmHeadRows(weight=pb.Tensor(dtype=pb.TENSOR_TYPE_FLOAT32, data=bytes(4)))),
         ],
         INVALID,
         "invalid_input",
