@@ -8,7 +8,7 @@ import torch
 from tokenizers import processors
 from transformers import AutoModelForSeq2SeqLM, BartConfig, MT5Config, T5Config
 
-from tests.trainer.test_cross_tokenizer import metaspace_tokenizer
+from tests.trainer.universal_reference import metaspace_tokenizer
 
 _SMALL: dict[str, Any] = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
 ARCHITECTURES: dict[str, Callable[[int], Any]] = {

@@ -5,14 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from services.contract.errors import DatasetError, HandshakeError, SpecError
 from services.contract.records import MetricPoint
 from services.contract.settings import Settings
 from services.models.tiny import make_tiny_model
-from student_trainer.data import Example, encode_examples
+from student_trainer.data import encode_examples
 from student_trainer.precompute import precompute_labels
 from student_trainer.readings import with_readings
 from student_trainer.train import train
@@ -20,7 +19,7 @@ from teacher_server.server import TeacherOptions
 from tests.teacher.serving import running_teacher
 from tests.trainer.conftest import RECORDS
 from tests.trainer.runs import MakeRun, assert_close_weights, assert_same_bits
-from tests.trainer.test_universal import wasserstein
+from tests.trainer.universal_reference import ULD, expected_pairs, mean_distance, metaspace_tokenizer
 
 TEXTS = [
     "The harbour master of Ostrel said on Tuesday that 14 ferries had been repaired.",
@@ -29,42 +28,6 @@ TEXTS = [
     "x",
     "  leading and trailing  ",
 ]
-ULD = {"cross_tokenizer": "uld"}
-
-
-def metaspace_tokenizer() -> PreTrainedTokenizerFast:
-    """Blanks as in SentencePiece, single bytes for characters that it has not seen."""
-    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<unk>", "<eos>", *(f"<0x{byte:02X}>" for byte in range(256))],
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(["The harbour master said that ferries had been repaired in the harbour."], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
-
-
-def prefixes(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
-    """The text before each token; what ends within a character ends in a replacement character."""
-    return [tokenizer.decode(ids[:place], clean_up_tokenization_spaces=False) for place in range(len(ids))]
-
-
-def expected_pairs(
-    example: Example, student: PreTrainedTokenizerBase, response: str, teacher: PreTrainedTokenizerBase
-) -> list[tuple[int, int]]:
-    """Places before which both tokenizers have read the same text, by decoding every prefix of both responses."""
-    assert example.reading is not None
-    prompt = example.reading.label_positions[0]
-    students = prefixes(student, example.token_ids[example.prompt_length :])
-    teachers = prefixes(teacher, example.reading.token_ids[prompt:])
-    return [
-        (place, other)
-        for place, text in enumerate(students)
-        for other, read in enumerate(teachers)
-        if text == read and response.startswith(text)
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -147,31 +110,6 @@ def test_records_that_are_too_long_for_the_teacher_alone_are_left_out(
     assert f"left out {10 - len(kept)} of 10 records" in caplog.text
     with pytest.raises(DatasetError, match=f"the longest has {lengths[-1]}"):
         with_readings(examples, RECORDS, tokenizer=student, teacher=teacher, teacher_max_length=lengths[0] - 1)
-
-
-def mean_distance(student: Path, teacher: Path) -> float:
-    """Sorted distances from transformers' own logits in float64, summed where both have read the same text, per
-    response token.
-    """
-    tokenizers = [AutoTokenizer.from_pretrained(directory) for directory in (student, teacher)]
-    loaded = [AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64) for directory in (student, teacher)]
-    examples = encode_examples(RECORDS, tokenizers[0], max_length=256)
-    total, tokens = 0.0, 0
-    for example in with_readings(
-        examples, RECORDS, tokenizer=tokenizers[0], teacher=tokenizers[1], teacher_max_length=None
-    ):
-        assert example.reading is not None
-        pairs = expected_pairs(example, tokenizers[0], RECORDS[example.index]["response"], tokenizers[1])
-        starts = example.prompt_length, example.reading.label_positions[0]
-        probabilities = []
-        for side, ids in enumerate((example.token_ids, example.reading.token_ids)):
-            with torch.no_grad():
-                logits = loaded[side](input_ids=torch.tensor([ids])).logits[0, :, : len(tokenizers[side])]
-            rows = [starts[side] + pair[side] - 1 for pair in pairs]
-            probabilities.append(logits[rows].softmax(dim=1))
-        total += wasserstein(probabilities[1], probabilities[0]).item()
-        tokens += len(example.response_positions)
-    return total / tokens
 
 
 @pytest.mark.parametrize("packing", [False, True])

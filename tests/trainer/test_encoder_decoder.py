@@ -1,11 +1,13 @@
 """Students with an encoder and a decoder: against transformers' own loss, plain loops and plain decoding."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 
 from services.contract.distillation_spec import OnPolicySpec, StudentSpec
 from services.contract.errors import UnsupportedError
@@ -14,18 +16,17 @@ from services.contract.settings import Settings
 from services.evaluation.answering import Request, answer, encode_requests
 from services.evaluation.lookback.features import load_lens_model
 from services.evaluation.model import load_model
+from student_trainer import trainer
 from student_trainer.data import Example, encode_examples, model_inputs
 from student_trainer.encoder_decoder import collate_apart
 from student_trainer.loss import distillation_loss
 from student_trainer.on_policy import OnPolicy
-from student_trainer.readings import with_readings
 from student_trainer.student import final_hidden_states, load_student, output_head
 from student_trainer.train import train
 from tests.trainer.conftest import RECORDS
 from tests.trainer.encoder_decoders import ARCHITECTURES, START, make_encoder_decoder
 from tests.trainer.runs import MakeRun, assert_same_bits
-from tests.trainer.test_cross_tokenizer import ULD, expected_pairs
-from tests.trainer.test_universal import wasserstein
+from tests.trainer.universal_reference import ULD, mean_distance
 
 
 @pytest.fixture(scope="module")
@@ -140,33 +141,6 @@ def test_a_decoder_alone_teaches_it_across_tokenizers(
     assert soft[-1] < 0.7 * soft[0]
 
 
-def mean_distance(student: Path, teacher: Path) -> float:
-    """Sorted distances, from transformers' own logits in float64, per response token of RECORDS."""
-    tokenizers = [AutoTokenizer.from_pretrained(directory) for directory in (student, teacher)]
-    own = AutoModelForSeq2SeqLM.from_pretrained(student, dtype=torch.float64)
-    others = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float64)
-    examples = encode_examples(RECORDS, tokenizers[0], max_length=256)
-    total, tokens = 0.0, 0
-    for example in with_readings(
-        examples, RECORDS, tokenizer=tokenizers[0], teacher=tokenizers[1], teacher_max_length=None
-    ):
-        assert example.reading is not None
-        pairs = expected_pairs(example, tokenizers[0], RECORDS[example.index]["response"], tokenizers[1])
-        response = example.token_ids[example.prompt_length :]
-        with torch.no_grad():
-            student_logits = own(
-                input_ids=torch.tensor([example.token_ids[: example.prompt_length]]),
-                decoder_input_ids=torch.tensor([[START, *response[:-1]]]),
-            ).logits[0, [place for place, _ in pairs], : len(tokenizers[0])]
-            start = example.reading.label_positions[0]
-            teacher_logits = others(input_ids=torch.tensor([example.reading.token_ids])).logits[
-                0, [start + other - 1 for _, other in pairs], : len(tokenizers[1])
-            ]
-        total += wasserstein(teacher_logits.softmax(dim=1), student_logits.softmax(dim=1)).item()
-        tokens += len(response)
-    return total / tokens
-
-
 def test_an_interrupted_run_with_adapters_and_held_out_records_gives_the_same_bits(
     make: Callable[[str], Path], make_run: MakeRun, settings: Settings, tmp_path: Path
 ) -> None:
@@ -268,3 +242,26 @@ def test_one_that_does_not_say_how_its_decoder_starts_is_refused(
     AutoTokenizer.from_pretrained(make("bart")).save_pretrained(directory)
     with pytest.raises(UnsupportedError, match="which token its decoder starts with"):
         train(make_run(student={"model": str(directory)}), out=tmp_path / "run", settings=settings)
+
+
+def test_speed_counts_what_both_halves_read_and_use_of_a_gpu_is_not_told(
+    make: Callable[[str], Path],
+    make_run: MakeRun,
+    settings: Settings,
+    student_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its flops per token differ between the halves, so the share of a GPU's would be wrong; None says so."""
+    monkeypatch.setattr(trainer, "model_flops_utilization", lambda **_: 0.5)
+    for name, directory in {"both halves": make("bart"), "decoder alone": student_model}.items():
+        # A clock that moves one second whenever it is read: at the start and at each log.
+        monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=itertools.count().__next__))
+        points: list[MetricPoint] = []
+        spec = make_run(student={"model": str(directory)}, batch_size=10, training={"epochs": 1})
+        train(spec, out=tmp_path / name, settings=settings, on_metrics=points.extend)
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        lengths = [len(example.token_ids) for example in encode_examples(RECORDS, tokenizer, max_length=256)]
+        found = {point.name: point.value for point in points}
+        assert found["tokens_per_second"] == sum(lengths)
+        assert found.get("mfu") == (0.5 if name == "decoder alone" else None)

@@ -8,16 +8,10 @@ from student_trainer.loss import distillation_loss
 from student_trainer.output_head import OutputHead
 from student_trainer.targets import ExactTargets, FullTargets, TopKTargets, UniversalTargets
 from tests.trainer.loss_reference import plain_logits, random_head, top_k_targets
+from tests.trainer.universal_reference import wasserstein
 
 ROWS = [0, 2, 3, 7, 11]
 POSITIONS = 12
-
-
-def wasserstein(p: Tensor, q: Tensor) -> Tensor:
-    """Equation 5 of arXiv:2402.12030 as the authors compute it: sort, fill up with zeros, add the differences."""
-    width = max(p.shape[1], q.shape[1])
-    p, q = (torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in (p, q))
-    return (q.sort(dim=1, descending=True).values - p.sort(dim=1, descending=True).values).abs().sum()
 
 
 def truncated(p: Tensor, q: Tensor, k: int) -> Tensor:
