@@ -13,6 +13,8 @@ from services.evaluation.verdict import Verdict
 
 log = logging.getLogger(__name__)
 
+UNJUDGED = "empty, too long, in a script that the metric does not read, or without anything to look up"
+
 
 def answer_items(
     requests: Sequence[Request],
@@ -63,14 +65,15 @@ def mean_score(metric: str, generations: Sequence[Generation], metrics: Metrics,
     values = [generation.scores[metric] for generation in generations if metric in generation.scores]
     if len(values) < len(generations):
         log.warning(
-            "%s: %d of %d outputs have no %s, because they are empty, too long, or say nothing that could be looked up",
+            "%s: %d of %d outputs have no %s, each being %s",
             benchmark,
             len(generations) - len(values),
             len(generations),
             metric,
+            UNJUDGED,
         )
     if not values:
-        missing = "every output is empty, too long, or says nothing that could be looked up"
+        missing = f"every output is {UNJUDGED}"
         return Score(benchmark=benchmark, metric=metric, value=None, missing=missing, items=0)
     return Score(benchmark=benchmark, metric=metric, value=sum(values) / len(values), items=len(values))
 

@@ -24,6 +24,7 @@ from services.evaluation.verdict import Verdict
 log = logging.getLogger(__name__)
 
 Metric = Callable[[Sequence[Answer]], list[Verdict]]
+Compare = Callable[..., float | None]
 QUESTION_METRICS = ("exact_match", "f1")
 
 
@@ -127,13 +128,13 @@ def _load(
     return loaders[metric]()
 
 
-def _tried(compare: Callable[..., float]) -> Callable[..., float]:
+def _tried(compare: Compare) -> Compare:
     """The function, once it is known to work."""
     compare("A word.", reference="A word.")
     return compare
 
 
-def _against_reference(compare: Callable[..., float]) -> Metric:
+def _against_reference(compare: Compare) -> Metric:
     def judge(answers: Sequence[Answer]) -> list[Verdict]:
         return [Verdict(score=compare(one.output, reference=one.request.reference)) for one in answers]
 

@@ -146,6 +146,22 @@ def test_a_metric_that_fails_is_missing_and_the_others_stay(
     assert scores["rouge_l"].items == 3
 
 
+def test_references_in_a_script_that_rouge_does_not_read_leave_it_out(
+    tiny_model: Path, settings: Settings, tmp_path: Path
+) -> None:
+    file = tmp_path / "xsum.jsonl"
+    rows = [{"id": str(n), "document": text, "summary": "Мэр купил 15 книг."} for n, text in enumerate(ARTICLES)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    benchmark = {"name": "xsum", "path": str(file)}
+    scores, _ = _evaluate(tiny_model, settings, benchmark, metrics=["rouge_l", "chrf"])
+    assert (scores["rouge_l"].value, scores["rouge_l"].items, scores["chrf"].items) == (None, 0, 3)
+    assert "in a script that the metric does not read" in str(scores["rouge_l"].missing)
+    rows[0]["summary"] = "A mayor."
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scores, _ = _evaluate(tiny_model, settings, benchmark, metrics=["rouge_l"])
+    assert scores["rouge_l"].items == 1
+
+
 def test_self_consistency_compares_with_samples_that_stay_the_same(
     tiny_model: Path, settings: Settings, benchmark: dict[str, str]
 ) -> None:

@@ -39,6 +39,14 @@ def test_an_output_without_words_has_zero(output: str) -> None:
     assert rouge_l(output, reference="The ferries were repaired.") == 0
 
 
+def test_scripts_that_the_package_does_not_read_have_none() -> None:
+    """It would find 100 here, for the one thing that it sees is the 15."""
+    assert rouge_l("Мэр купил 15 книг.", reference="Девушка потеряла 15 рублей.") is None
+    assert rouge_l("The mayor.", reference="市長は水曜日、15隻の船が沈んだと述べた。") is None
+    assert rouge_l("Zürich öffnet.", reference="Zürich öffnet.") == 100
+    assert rouge_l("15", reference="15, 16") == pytest.approx(100 * 2 / 3)
+
+
 def _by_hand(output: list[str], reference: list[str]) -> float:
     stemmer = PorterStemmer()
     # The package leaves words of three letters and fewer as they are.
