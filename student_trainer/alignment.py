@@ -30,7 +30,7 @@ FLOAT_TOLERANCE = 2e-3
 
 # Relative rounding error of one value: half a unit in the last place.
 _ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
-_FIX = "The teacher's labels are misaligned; training on them would teach noise. Restart the teacher."
+MISALIGNED_FIX = "The teacher's labels are misaligned; training on them would teach noise. Restart the teacher."
 
 
 def check_scored(
@@ -50,7 +50,7 @@ def check_scored(
         raise LabelMismatchError(
             f"the labels of sequence {sequence.id!r} were computed for other tokens or positions: "
             f"hash {scored.sequence_hash.hex()[:16]} instead of {expected_hash.hex()[:16]}",
-            fix=_FIX,
+            fix=MISALIGNED_FIX,
         )
     positions = len(sequence.label_positions)
     # Of exact labels an answer may tell fewer; how many is the teacher's choice.
@@ -66,7 +66,7 @@ def check_scored(
     found = {"token_logprobs": scored.token_logprobs_P.shape, **_shapes(scored.labels)}
     if found != shapes:
         raise LabelMismatchError(
-            f"the labels of sequence {sequence.id!r} have the shapes {found} instead of {shapes}", fix=_FIX
+            f"the labels of sequence {sequence.id!r} have the shapes {found} instead of {shapes}", fix=MISALIGNED_FIX
         )
     labels = scored.labels
     if isinstance(labels, TopKLabels):
@@ -120,7 +120,7 @@ def verify_token_logprobs(
             f"at position {sequence.label_positions[chosen_M[worst]]} of sequence {sequence.id!r} the labels give "
             f"token {tokens_M[worst]} a log-probability that differs by {difference_M[worst]:.4f} from the teacher's "
             f"{told_M[worst]:.4f} (tolerance {tolerance_M[worst]:.4f})",
-            fix=_FIX,
+            fix=MISALIGNED_FIX,
         )
     return float(difference_M.max())
 
@@ -156,7 +156,7 @@ def _against_top_k(labels: TopKLabels, chosen_M: Array, tokens_M: Array, told_M:
 def _check_vocabulary(ids: Array, sequence: TokenSequence, *, vocab_size: int) -> None:
     if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
         raise LabelMismatchError(
-            f"the labels of sequence {sequence.id!r} hold token ids outside 0 to {vocab_size - 1}", fix=_FIX
+            f"the labels of sequence {sequence.id!r} hold token ids outside 0 to {vocab_size - 1}", fix=MISALIGNED_FIX
         )
 
 
@@ -171,7 +171,8 @@ def _check_draws(labels: SampledLabels, sequence: TokenSequence, *, draws: int) 
         whole = bool((drawn_N == draws).all() and labels.counts_M.all() and not descends.any())
     if not whole:
         raise LabelMismatchError(
-            f"the labels of sequence {sequence.id!r} are not {draws} draws per position, each token once", fix=_FIX
+            f"the labels of sequence {sequence.id!r} are not {draws} draws per position, each token once",
+            fix=MISALIGNED_FIX,
         )
 
 
@@ -181,7 +182,7 @@ def _check_means(labels: ProjectedLabels, sequence: TokenSequence, *, head: Stud
     embedding_NS = labels.embedding_NS.astype(np.float32)
     if ((embedding_NS < head.least_S - slack_S) | (embedding_NS > head.most_S + slack_S)).any():
         raise LabelMismatchError(
-            f"the labels of sequence {sequence.id!r} are no means of the rows of the student's head", fix=_FIX
+            f"the labels of sequence {sequence.id!r} are no means of the rows of the student's head", fix=MISALIGNED_FIX
         )
 
 

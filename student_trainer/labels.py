@@ -27,6 +27,7 @@ from services.contract.soft_labels import (
     TopKLabels,
 )
 from services.contract.tensors import Array
+from student_trainer.alignment import verify_token_logprobs
 from student_trainer.data import Example
 from student_trainer.label_source import LabelSource
 from student_trainer.output_head import OutputHead
@@ -46,8 +47,16 @@ REQUESTS_AT_ONCE = 4
 
 
 @dataclass(frozen=True, kw_only=True)
+class BatchLabels:
+    """The sequences that labels were asked for, in the batch's order, and what each source answered to them."""
+
+    sequences: Sequence[TokenSequence]
+    scored: Sequence[Sequence[ScoredSequence]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Asked:
-    ids: list[str]
+    sequences: list[TokenSequence]
     answers: list[Future[dict[str, ScoredSequence]]]
 
 
@@ -88,20 +97,20 @@ class LabelPrefetcher:
         ticket = next(self._tickets)
         # A record may be under way twice: at the end of one epoch and the start of the next, or to fill up a batch.
         sequences = [
-            label_request(example, id=f"{ticket}.{place}.{example.index}") for place, example in enumerate(examples)
+            label_request(example, id=f"record {example.index}, batch {ticket}.{place}")
+            for place, example in enumerate(examples)
         ]
         answers = [
             # In the context of whoever asks, so that the request belongs to its trace.
             self._threads.submit(contextvars.copy_context().run, self._score, source, sequences)
             for source in self._sources
         ]
-        self._asked[ticket] = _Asked(ids=[sequence.id for sequence in sequences], answers=answers)
+        self._asked[ticket] = _Asked(sequences=sequences, answers=answers)
         return ticket
 
-    def take(self, ticket: int) -> list[list[ScoredSequence]]:
-        """The labels that each source has for the batch, in the batch's order, once.
-
-        CancelledError when the run is to stop meanwhile.
+    def take(self, ticket: int) -> BatchLabels:
+        """The labels of the batch, once. CancelledError when the run is to stop meanwhile; LabelMismatchError for
+        labels of other tokens, as far as this can tell without a teacher's head.
         """
         asked = self._asked.pop(ticket)
         started = time.monotonic()
@@ -109,10 +118,10 @@ class LabelPrefetcher:
             answered = [self._wait(answer) for answer in asked.answers]
         finally:
             self.waited_seconds += time.monotonic() - started
-        batches = [[scored[id] for id in asked.ids] for scored in answered]
+        batches = [[scored[sequence.id] for sequence in asked.sequences] for scored in answered]
         self.taken += sum(map(len, batches))
         self.taken_from_cache += sum(part.from_cache for batch in batches for part in batch)
-        return batches
+        return BatchLabels(sequences=asked.sequences, scored=batches)
 
     def _wait(self, answer: Future[dict[str, ScoredSequence]]) -> dict[str, ScoredSequence]:
         while True:
@@ -125,7 +134,12 @@ class LabelPrefetcher:
                     raise CancelledError("stopped while waiting for the teacher's labels") from None
 
     def _score(self, source: LabelSource, sequences: list[TokenSequence]) -> dict[str, ScoredSequence]:
-        return {scored.id: scored for scored in source.score(sequences, self._options)}
+        answered = {scored.id: scored for scored in source.score(sequences, self._options)}
+        # Exact labels are compared where the teacher's head is: batch_alignment.py.
+        if self._options.encoding != "exact":
+            for sequence in sequences:
+                verify_token_logprobs(answered[sequence.id], sequence, temperature=self._options.temperature)
+        return answered
 
 
 def label_request(example: Example, *, id: str) -> TokenSequence:

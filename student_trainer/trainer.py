@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from services.contract.distillation_spec import Divergence
 from services.contract.errors import TrainingError
+from student_trainer.batch_alignment import require_aligned
 from student_trainer.data import Collate, Example, collate, model_inputs
 from student_trainer.held_out import measure_held_out
 from student_trainer.labels import LabelPrefetcher, mixed_targets, soft_targets, universal_targets
@@ -27,7 +28,7 @@ from student_trainer.observables import Observables
 from student_trainer.on_policy import OnPolicy
 from student_trainer.output_head import OutputHead
 from student_trainer.student import loss_at_head, output_head
-from student_trainer.targets import SoftTargets
+from student_trainer.targets import ExactTargets, SoftTargets
 
 STEPS_AHEAD = 4
 """Optimizer steps whose labels are asked for before they are needed."""
@@ -231,10 +232,13 @@ class DistillationTrainer(Trainer):
         labels = self._objective.labels
         if labels is None:
             return None
-        parts = [
-            soft_targets([part.labels for part in scored], teacher_head=head, device=self.accelerator.device)
-            for scored, head in zip(labels.take(inputs["ticket"]), self._objective.teacher_heads, strict=True)
-        ]
+        taken = labels.take(inputs["ticket"])
+        parts = []
+        for scored, head in zip(taken.scored, self._objective.teacher_heads, strict=True):
+            part = soft_targets([one.labels for one in scored], teacher_head=head, device=self.accelerator.device)
+            if isinstance(part, ExactTargets):
+                require_aligned(part, scored, taken.sequences)
+            parts.append(part)
         targets = mixed_targets(parts, weights=self._objective.weights)
         examples = [self._examples[index] for index in inputs["record_B"].tolist()]
         return universal_targets(targets, examples) if examples[0].reading else targets

@@ -26,14 +26,12 @@ from services.contract.soft_labels import (
     hash_sequence,
 )
 from services.contract.tensors import Array
+from services.models.head_product import float32_blocks, float32_product
 from services.models.logit_shape import logit_scale, soft_cap
 from teacher_server.student_heads import StudentHeads
 
 _CHUNK_ELEMENTS = 2**24
 """Logits that exist at a time: 64 MiB in float32."""
-
-_BLOCK_ELEMENTS = 2**21
-"""Of a 16-bit head, turned into float32 at a time: 8 MiB, which a processor's cache holds until they are used."""
 
 
 class TorchHead:
@@ -166,12 +164,7 @@ class TorchHead:
 
     def logits(self, hidden_CD: torch.Tensor) -> torch.Tensor:
         """Float32 logits [C, V]: products of 16-bit weights are summed in float32 and never rounded to 16 bits."""
-        if self.weight_VD.dtype == torch.float32:
-            logits_CV = hidden_CD @ self.weight_VD.T
-        elif self.weight_VD.is_cuda:
-            logits_CV = torch.mm(hidden_CD, self.weight_VD.T, out_dtype=torch.float32)
-        else:
-            logits_CV = _product_in_float32(hidden_CD, self.weight_VD)
+        logits_CV = float32_product(hidden_CD, self.weight_VD)
         if self.bias_V is not None:
             logits_CV = logits_CV + self.bias_V.float()
         logits_CV = logits_CV * self.logit_scale
@@ -198,8 +191,8 @@ class _StudentHead:
         """Mean row [C, S], and mean bias [C] where there is one, in float32."""
         mean_CS = probs_CV.new_zeros(len(probs_CV), self._weight_VS.shape[1])
         start = 0
-        for block in _blocks(self._weight_VS):
-            mean_CS.addmm_(probs_CV[:, start : start + len(block)], block.float())
+        for block in float32_blocks(self._weight_VS):
+            mean_CS.addmm_(probs_CV[:, start : start + len(block)], block)
             start += len(block)
         return (mean_CS,) if self._bias_V is None else (mean_CS, probs_CV @ self._bias_V)
 
@@ -210,19 +203,6 @@ def to_numpy(tensor: torch.Tensor) -> Array:
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return np.asarray(tensor.numpy())
-
-
-def _product_in_float32(hidden_CD: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
-    logits_CV = hidden_CD.new_empty((len(hidden_CD), len(weight_VD)), dtype=torch.float32)
-    start = 0
-    for block in _blocks(weight_VD):
-        logits_CV[:, start : start + len(block)] = hidden_CD.float() @ block.float().T
-        start += len(block)
-    return logits_CV
-
-
-def _blocks(weight_VD: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return weight_VD.split(max(1, _BLOCK_ELEMENTS // weight_VD.shape[1]))
 
 
 def _label_tokens(sequence: TokenSequence) -> Array:

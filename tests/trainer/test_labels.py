@@ -46,7 +46,7 @@ def test_each_batch_gets_its_own_labels_in_its_own_order(
         batches = [examples[3:6], [examples[9], examples[0]], examples[3:4]]
         tickets = [labels.request(batch) for batch in batches]
         for ticket, batch in reversed(list(zip(tickets, batches, strict=True))):
-            for scored, example in zip(labels.take(ticket)[0], batch, strict=True):
+            for scored, example in zip(labels.take(ticket).scored[0], batch, strict=True):
                 expected = alone[str(example.index)]
                 assert scored.sequence_hash == expected.sequence_hash
                 np.testing.assert_allclose(scored.token_logprobs_P, expected.token_logprobs_P, atol=1e-4)

@@ -1,0 +1,164 @@
+"""Labels of batches that do not fit what the teacher tells of the tokens, one kind at a time, and those that do."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+from services.contract.errors import LabelMismatchError
+from services.contract.sequences import LabelOptions, TokenSequence
+from services.contract.settings import Settings
+from services.contract.soft_labels import ExactLabels, ScoredSequence, TopKLabels, checked_positions, hash_sequence
+from student_trainer.batch_alignment import require_aligned
+from student_trainer.label_source import LabelSource
+from student_trainer.output_head import OutputHead
+from student_trainer.targets import ExactTargets
+from student_trainer.teacher_client import TeacherClient
+from student_trainer.train import train
+from tests.trainer.runs import MakeRun
+
+VOCAB, WIDTH = 500, 64
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+
+
+class Batch:
+    """Sequences of several lengths with a teacher's states, what it tells of them in float64, and its head."""
+
+    def __init__(self, *, logit_scale: float = 1.0, soft_cap: float = 0.0, label_dtype: str = "float32") -> None:
+        rng = np.random.default_rng(5)
+        self.weight_VD, self.bias_V = rng.normal(size=(VOCAB, WIDTH)), rng.normal(size=VOCAB)
+        self.logit_scale, self.soft_cap = logit_scale, soft_cap
+        self.sequences, self.scored = [], []
+        for number, length in enumerate((40, 5, 1, 23)):
+            sequence = TokenSequence(
+                id=f"sequence {number}",
+                token_ids=rng.integers(0, VOCAB, length + 3),
+                label_positions=range(3, length + 3),
+            )
+            hidden_ND = rng.normal(size=(length, WIDTH))
+            told = checked_positions(length, "exact")
+            self.sequences.append(sequence)
+            self.scored.append(
+                ScoredSequence(
+                    id=sequence.id,
+                    sequence_hash=hash_sequence(sequence.token_ids, sequence.label_positions),
+                    token_logprobs_P=self.logprobs(hidden_ND, sequence)[told].astype(np.float32),
+                    labels=ExactLabels(hidden_ND=hidden_ND.astype(DTYPES[label_dtype])),
+                )
+            )
+
+    def logprobs(self, hidden_ND: np.ndarray, sequence: TokenSequence) -> np.ndarray:
+        """Float64 [N], from a formula of its own."""
+        logits_NV = (hidden_ND @ self.weight_VD.T + self.bias_V) * self.logit_scale
+        if self.soft_cap:
+            logits_NV = self.soft_cap * np.tanh(logits_NV / self.soft_cap)
+        tokens_N = np.asarray(sequence.token_ids)[np.asarray(sequence.label_positions)]
+        logsumexp_N = np.log(np.exp(logits_NV - logits_NV.max(axis=1, keepdims=True)).sum(axis=1)) + logits_NV.max(
+            axis=1
+        )
+        return logits_NV[np.arange(len(tokens_N)), tokens_N] - logsumexp_N
+
+    def check(self, *, states: list[np.ndarray] | None = None, head_dtype: torch.dtype = torch.float32) -> None:
+        states = states or [scored.labels.hidden_ND for scored in self.scored]
+        joined = torch.cat([_tensor(part) for part in states])
+        head = OutputHead(
+            weight_RD=torch.from_numpy(self.weight_VD).to(head_dtype),
+            bias_R=torch.from_numpy(self.bias_V).to(head_dtype),
+            logit_scale=self.logit_scale,
+            soft_cap=self.soft_cap,
+        )
+        require_aligned(ExactTargets(hidden_NE=joined, head=head), self.scored, self.sequences)
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+@pytest.mark.parametrize("label_dtype", DTYPES)
+@pytest.mark.parametrize("head_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("logit_scale", "soft_cap"), [(1.0, 0.0), (0.125, 0.0), (1.0, 30.0)])
+def test_rounding_stops_no_run(label_dtype: str, head_dtype: torch.dtype, logit_scale: float, soft_cap: float) -> None:
+    Batch(logit_scale=logit_scale, soft_cap=soft_cap, label_dtype=label_dtype).check(head_dtype=head_dtype)
+
+
+@pytest.mark.parametrize("head_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("damaged", range(4))
+def test_states_of_another_position_are_noticed(damaged: int, head_dtype: torch.dtype) -> None:
+    batch = Batch(label_dtype="bfloat16" if head_dtype == torch.bfloat16 else "float32")
+    states = [scored.labels.hidden_ND for scored in batch.scored]
+    # The only position of the shortest gets states of another sequence.
+    states[damaged] = np.roll(states[damaged], 1, axis=0) if len(states[damaged]) > 1 else states[0][:1]
+    with pytest.raises(LabelMismatchError, match=f"of sequence 'sequence {damaged}' the labels give token"):
+        batch.check(states=states, head_dtype=head_dtype)
+
+
+def test_the_position_is_named() -> None:
+    batch = Batch()
+    states = [scored.labels.hidden_ND.copy() for scored in batch.scored]
+    states[3][-1] *= -1
+    token = batch.sequences[3].token_ids[25]
+    with pytest.raises(
+        LabelMismatchError, match=rf"position 25 of sequence 'sequence 3' the labels give token {token} "
+    ):
+        batch.check(states=states)
+
+
+def test_nan_is_no_agreement() -> None:
+    batch = Batch()
+    states = [scored.labels.hidden_ND.copy() for scored in batch.scored]
+    states[0][0, 0] = np.nan
+    with pytest.raises(LabelMismatchError, match="nan"):
+        batch.check(states=states)
+
+
+def test_no_labelled_position_is_no_mismatch() -> None:
+    nothing = TokenSequence(id="none", token_ids=[1, 2], label_positions=[])
+    scored = ScoredSequence(
+        id="none",
+        sequence_hash=b"",
+        token_logprobs_P=np.empty(0, np.float32),
+        labels=ExactLabels(hidden_ND=np.empty((0, WIDTH), np.float32)),
+    )
+    head = OutputHead(weight_RD=torch.ones(VOCAB, WIDTH))
+    require_aligned(ExactTargets(hidden_NE=torch.empty(0, WIDTH), head=head), [scored], [nothing])
+
+
+@pytest.mark.parametrize("labels", [LabelOptions(), LabelOptions(encoding="top_k", k=40)], ids=["exact", "top_k"])
+def test_a_teacher_that_goes_wrong_in_mid_run_stops_it(
+    make_run: MakeRun,
+    kd_settings: Settings,
+    labels: LabelOptions,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From the tenth answer on every hash is right, but the labels are those of the next position."""
+    plain, answered = TeacherClient.score, 0
+
+    def shifting(self: LabelSource, sequences: list[TokenSequence], options: LabelOptions) -> Iterator[ScoredSequence]:
+        nonlocal answered
+        for scored in plain(self, sequences, options):
+            answered += 1
+            yield _shifted(scored) if answered > 9 else scored
+
+    monkeypatch.setattr(TeacherClient, "score", shifting)
+    asked = {"encoding": labels.encoding} | ({"k": labels.k} if labels.k else {})
+    spec = make_run(alpha=1.0, distillation={"labels": asked}, training={"checkpoint_steps": 1})
+    with pytest.raises(LabelMismatchError, match=r"sequence 'record \d, batch .*log-probability that differs"):
+        train(spec, out=tmp_path / "run", settings=kd_settings)
+    assert not (tmp_path / "run" / "model").exists()
+    assert answered > 9
+
+
+def _shifted(scored: ScoredSequence) -> ScoredSequence:
+    labels = scored.labels
+    if isinstance(labels, ExactLabels):
+        return replace(scored, labels=ExactLabels(hidden_ND=np.roll(labels.hidden_ND, 1, axis=0)))
+    assert isinstance(labels, TopKLabels)
+    parts = {name: np.roll(getattr(labels, name), 1, axis=0) for name in ("ids_NK", "logprobs_NK", "tail_mass_N")}
+    return replace(scored, labels=TopKLabels(**parts))
