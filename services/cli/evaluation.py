@@ -43,7 +43,7 @@ def measure_confidence(
     *,
     data: str | None,
     out: Path,
-    examples: int,
+    examples: list[int],
     limit: int | None,
     batch_size: int,
     settings: Settings,
@@ -57,7 +57,9 @@ def measure_confidence(
     found = measure_overconfidence(
         models, data=data, out=out, examples=examples, limit=limit, batch_size=batch_size, settings=settings
     )
-    table = Table(*COLUMNS, box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for column in COLUMNS:
+        table.add_column(column, overflow="fold")
     for one in found:
         table.add_row(*table_row(one))
     Console().print(table)

@@ -41,7 +41,10 @@ def overconfidence(
     model: Annotated[list[str], typer.Option(help="Directory or hub id; repeat it to compare several.")],
     out: Annotated[Path, typer.Option(help="Directory for overconfidence.json, plots and a page.")],
     data: Annotated[str | None, typer.Option(help="CommonsenseQA as a file; the hub's validation set if none.")] = None,
-    examples: Annotated[int, typer.Option(min=0, help="Answered questions shown first, for base models.")] = 0,
+    examples: Annotated[
+        list[int] | None,
+        typer.Option(min=0, help="Answered questions shown first, for base models; repeat it to tell each model's."),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="First questions only.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
 ) -> None:
@@ -50,5 +53,11 @@ def overconfidence(
     from services.contract.settings import load_settings
 
     measure_confidence(
-        model, data=data, out=out, examples=examples, limit=limit, batch_size=batch_size, settings=load_settings()
+        model,
+        data=data,
+        out=out,
+        examples=examples or [0],
+        limit=limit,
+        batch_size=batch_size,
+        settings=load_settings(),
     )

@@ -38,19 +38,26 @@ def measure_overconfidence(
     *,
     data: str | None,
     out: Path,
-    examples: int,
+    examples: Sequence[int],
     limit: int | None,
     batch_size: int,
     settings: Settings,
 ) -> list[ModelConfidence]:
     """Asks every model CommonsenseQA; JSON, two plots and a page with both go to ``out``.
 
-    ``data`` is a file of the data set's columns, None the hub's. One model is in memory at a time.
+    ``data`` is a file of the data set's columns, None the hub's. ``examples`` are one number for all models or one for
+    each: base models want some, tuned ones mostly none. One model is in memory at a time.
     """
-    labels = _labels(models)
+    if len(examples) not in (1, len(models)):
+        raise InvalidInputError(
+            f"{len(models)} models have {len(examples)} numbers of examples",
+            fix="Give one number for all, or one for each model in their order.",
+        )
+    shown = list(examples) if len(examples) > 1 else [*examples] * len(models)
+    labels = _labels(models, shown)
     benchmark = BenchmarkSpec(name=CALIBRATED, path=data)
     found = []
-    for label, model in zip(labels, models, strict=True):
+    for label, model, count in zip(labels, models, shown, strict=True):
         directory = resolve_model(model, settings=settings)
         answered = answer_multiple_choice(
             benchmark,
@@ -59,9 +66,9 @@ def measure_overconfidence(
             limit=limit,
             batch_size=batch_size,
             settings=settings,
-            examples=examples,
+            examples=count,
         )
-        found.append(describe_model(label, answered.items, examples=examples))
+        found.append(describe_model(label, answered.items, examples=count))
         gc.collect()
     write_overconfidence(found, out)
     return found
@@ -106,8 +113,9 @@ def write_overconfidence(models: Sequence[ModelConfidence], out: Path) -> None:
         + figure_html(density, caption=f"Kernel density of the {NLL_LABEL}; further right is less sure")
         + figure_html(reliability, caption="Reliability: accuracy over confidence, 15 bins; the diagonal is calibrated")
     )
-    examples = ", ".join(dict.fromkeys(f"{one.examples} examples" for one in models))
-    facts = f"CommonsenseQA, {models[0].calibration.items} questions, {examples} before each"
+    counts = list(dict.fromkeys(one.examples for one in models))
+    examples = f"{counts[0]} examples before each" if len(counts) == 1 else "with examples before each"
+    facts = f"CommonsenseQA, {models[0].calibration.items} questions, {examples}"
     files = {
         "overconfidence.json": "[" + ",\n".join(one.model_dump_json() for one in models) + "]\n",
         "density.svg": density,
@@ -135,9 +143,12 @@ def table_row(one: ModelConfidence) -> list[str]:
     ]
 
 
-def _labels(models: Sequence[str]) -> list[str]:
-    """The last part of each name where that tells the models apart, else the whole names."""
+def _labels(models: Sequence[str], examples: Sequence[int]) -> list[str]:
+    """The last part of each name where that tells the models apart, else the whole names; what else sets them apart."""
     if len(set(models)) < len(models):
         raise InvalidInputError("a model is named twice", fix="Name each model once.")
     short = [model.rstrip("/").rpartition("/")[2] for model in models]
-    return short if len(set(short)) == len(short) else list(models)
+    names = short if len(set(short)) == len(short) else list(models)
+    if len(set(examples)) == 1:
+        return names
+    return [f"{name} ({count} examples)" for name, count in zip(names, examples, strict=True)]

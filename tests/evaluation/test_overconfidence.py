@@ -161,6 +161,28 @@ def test_the_command_compares_two_models(
     assert isinstance(twice.exception, InvalidInputError)
 
 
+def test_each_model_may_have_examples_of_its_own(
+    tiny_model: Path, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMOOTHKD_DATA_DIR", str(tmp_path / "data"))
+    other = tmp_path / "other"
+    other.symlink_to(tiny_model)
+    command = ["overconfidence", "--model", str(tiny_model), "--model", str(other), "--data", str(file)]
+    command += ["--out", str(tmp_path / "out"), "--limit", "6"]
+    result = CliRunner().invoke(app, [*command, "--examples", "0", "--examples", "2"])
+    assert result.exit_code == 0, result.output
+    plain, shown = json.loads((tmp_path / "out" / "overconfidence.json").read_text(encoding="utf-8"))
+    assert (plain["model"], shown["model"]) == (f"{tiny_model.name} (0 examples)", "other (2 examples)")
+    for one, examples in ((plain, 0), (shown, 2)):
+        alone = answered(tiny_model, file, tmp_path, examples=examples).items[:6]
+        expected = [-x for item in alone for place, x in enumerate(item.likelihoods) if place != item.right]
+        assert one["wrong_nll"] == pytest.approx(expected, abs=1e-4)
+    assert plain["wrong_nll"] != pytest.approx(shown["wrong_nll"], abs=1e-3)
+    wrong = CliRunner().invoke(app, [*command, *["--examples", "1"] * 3])
+    assert isinstance(wrong.exception, InvalidInputError)
+    assert "2 models have 3 numbers of examples" in wrong.exception.what
+
+
 def test_an_evaluation_keeps_each_question_with_the_choice(tiny_model: Path, file: Path, tmp_path: Path) -> None:
     kept = []
     scores = evaluate(
