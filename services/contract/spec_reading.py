@@ -5,7 +5,7 @@ import re
 import reprlib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,12 @@ def read_yaml(text: str, *, source: str) -> object:
 def describe_errors(error: ValidationError, spec: type[BaseModel]) -> list[str]:
     """One line per mistake: the field's path, the value given, and what to write instead."""
     lines = []
-    for item in error.errors(include_url=False):
+    mistakes = error.errors(include_url=False)
+    places = [item["loc"] for item in mistakes]
+    for item in mistakes:
+        # A list counts its sound members alone: one that is wrong makes it too short as well.
+        if item["type"] == "too_short" and any(_lies_in(at, item["loc"]) for at in places):
+            continue
         place = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
             lines.append(f"{place}: {_unknown_field(item['loc'], spec)}")
@@ -99,6 +104,10 @@ def _parse(spec: type[SpecT], data: object) -> SpecT:
             fix="Correct these fields and send the specification again; sweeps/ holds complete examples.",
             details={f"error.{index}": line for index, line in enumerate(lines)},
         ) from None
+
+
+def _lies_in(place: Sequence[object], outer: Sequence[object]) -> bool:
+    return len(place) > len(outer) and place[: len(outer)] == outer
 
 
 def _read_yaml(path: Path) -> object:

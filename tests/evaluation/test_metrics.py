@@ -228,6 +228,13 @@ def test_idf_of_a_single_reference_is_a_reason_not_a_number(
     assert "there is only one reference" in str(scores["bertscore"].missing)
 
 
+def test_an_unknown_metric_is_one_mistake() -> None:
+    with pytest.raises(SpecError) as caught:
+        parse_evaluation({"metrics": ["rouge"]})
+    assert caught.value.what.count(";") == 0
+    assert caught.value.what.startswith("metrics.0: 'rouge': Input should be 'rouge_l'")
+
+
 @pytest.mark.parametrize(
     ("spec", "mistake"),
     [
