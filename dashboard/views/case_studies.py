@@ -9,13 +9,13 @@ from dashboard.live import live, problems_shown
 from dashboard.render.spans import legend_html
 from dashboard.render.words import state_counts
 from dashboard.session import choose_sweep, client
-from services.contract.metric_words import DETECTORS, metric_title
+from services.contract.metric_words import metric_title
 from services.contract.records import CaseStudy, SweepRecord
 from services.contract.states import ENDED
 from services.reports.case_cards import UNSUPPORTED, article_html, difference_html, outputs_html, study_title
 from services.reports.case_export import FORMATS, export_studies
 from services.reports.colours import method_colours
-from services.reports.detectors import agreement, detectors_of, marked_by
+from services.reports.detectors import agreement_text, detector_title, detectors_of, marked_by
 from services.reports.words import run_setting
 
 READ_AT_MOST = 500
@@ -196,20 +196,12 @@ def _marked_by_one(study: CaseStudy) -> CaseStudy:
         "Marked by",
         ["all", *detectors],
         default=detectors[0],
-        format_func=_detector_title,
+        format_func=detector_title,
         key=f"marked-by-{'-'.join(detectors)}",
         help="Which detector's spans are shown. Hover over a mark to see what it says.",
     )
-    alike = ", ".join(
-        f"{_detector_title(one)} and {_detector_title(other)} {share:.0%}"
-        for (one, other), share in agreement(study.outputs, detectors).items()
-    )
-    st.caption(f"Of these outputs' characters, both mark or neither marks: {alike}.")
+    st.caption(agreement_text(study))
     return study if chosen in (None, "all") else marked_by(study, str(chosen))
-
-
-def _detector_title(name: str) -> str:
-    return metric_title(DETECTORS.get(name, name))
 
 
 def _key(study: CaseStudy) -> Key:

@@ -6,12 +6,11 @@ from pathlib import Path
 
 from services.contract.metric_words import MEANINGS, metric_title
 from services.contract.records import CaseOutput, CaseStudy
+from services.reports.detectors import agreement_text, marked_by_first
 from services.reports.marked_text import count_outside, marked_html
 
 UNSUPPORTED = "unsupported_words"
 STYLE = Path(__file__).with_name("cards.css")
-
-
 UNLIKE = "the KD output that differs most against SFT's"
 """Whose difference a study shows."""
 
@@ -44,11 +43,13 @@ def outputs_html(outputs: Sequence[CaseOutput], *, settings: Mapping[str, str], 
 
 
 def study_html(study: CaseStudy, *, number: int, settings: Mapping[str, str], colours: Mapping[str, str]) -> str:
-    """A whole case study for a page that stands by itself."""
+    """A whole case study for a page that stands by itself, marked by the first of its detectors."""
+    alike = agreement_text(study)
     return (
         f"<section><h3>{number}. {escape(study.benchmark)}, {escape(study.item_id)}</h3>"
         f"<p>{difference_html(study)}</p>{article_html(study)}"
-        f"{outputs_html(study.outputs, settings=settings, colours=colours)}</section>"
+        + (f'<p class="sk-note">{escape(alike)}</p>' if alike else "")
+        + f"{outputs_html(marked_by_first(study).outputs, settings=settings, colours=colours)}</section>"
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from services.contract.metric_words import metric_title
 from services.contract.records import CaseOutput, CaseStudy, RunRecord
 from services.reports.colours import method_colours
-from services.reports.detectors import marked_by_first
+from services.reports.detectors import agreement_text, marked_by_first
 from services.reports.marked_text import segments
 from services.reports.page import page_html, studies_html
 
@@ -17,17 +17,12 @@ FORMATS = ("json", "md", "html")
 def export_studies(studies: Sequence[CaseStudy], runs: Sequence[RunRecord], *, title: str, form: str) -> str:
     """The studies in one of FORMATS. ``runs`` are all runs of the sweep, for settings and colours.
 
-    JSON has the spans of every detector, the others those of the first that marked anything.
+    JSON has the spans of every detector, the others those of the first that marked anything, and how far all agree.
     """
     if form == "json":
         return json.dumps([study.model_dump(mode="json") for study in studies], indent=2, ensure_ascii=False) + "\n"
     if form == "md":
-        return (
-            "\n".join(
-                [f"# {_inline(title)}", "", *(line for study in studies for line in _markdown(marked_by_first(study)))]
-            )
-            + "\n"
-        )
+        return "\n".join([f"# {_inline(title)}", "", *(line for study in studies for line in _markdown(study))]) + "\n"
     assert form == "html", f"{form} is none of {FORMATS}"
     colours = method_colours([*(run.method for run in runs), *(o.method for study in studies for o in study.outputs)])
     return page_html(title, f"{len(studies)} case studies", studies_html(studies, runs, colours))
@@ -41,6 +36,7 @@ def _markdown(study: CaseStudy) -> list[str]:
         f"{metric_title(study.metric)}: the KD output that differs most is {abs(points):.1f} points "
         f"{'better' if points >= 0 else 'worse'} than SFT's.",
         "",
+        *([_escape(alike), ""] if (alike := agreement_text(study)) else []),
         "Source:",
         "",
         *_quote(study.source),
@@ -50,7 +46,7 @@ def _markdown(study: CaseStudy) -> list[str]:
         *_quote(study.reference),
         "",
     ]
-    for output in study.outputs:
+    for output in marked_by_first(study).outputs:
         scores = ", ".join(f"{metric_title(name)} {value:.1f}" for name, value in output.scores.items())
         lines += [f"### {_inline(output.method)}" + (f" ({scores})" if scores else ""), ""]
         lines += [f"> {line}" if line else ">" for line in _marked(output).split("\n")]

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from itertools import combinations
 
-from services.contract.metric_words import DETECTORS
+from services.contract.metric_words import DETECTORS, metric_title
 from services.contract.records import CaseOutput, CaseStudy, Span
 
 Pair = tuple[str, str]
@@ -49,6 +49,20 @@ def agreement(outputs: Sequence[CaseOutput], detectors: Sequence[str]) -> dict[P
         (one, other): sum(a == b for a, b in zip(marks[one], marks[other], strict=True)) / characters
         for one, other in combinations(detectors, 2)
     }
+
+
+def agreement_text(study: CaseStudy) -> str:
+    """A sentence on the detectors of a case study; empty where fewer than two marked anything."""
+    alike = ", ".join(
+        f"{detector_title(one)} and {detector_title(other)} {share:.0%}"
+        for (one, other), share in agreement(study.outputs, detectors_of(study)).items()
+    )
+    return f"Of these outputs' characters, both mark or neither marks: {alike}." if alike else ""
+
+
+def detector_title(name: str) -> str:
+    """A detector goes by the name of its metric."""
+    return metric_title(DETECTORS.get(name, name))
 
 
 def covered_characters(length: int, spans: Sequence[Span]) -> list[bool]:

@@ -11,7 +11,6 @@ from services.contract.records import CaseStudy, MetricPoint, RunRecord, Summary
 from services.contract.report_records import Report, TradeOff
 from services.reports.case_cards import STYLE, study_html
 from services.reports.colours import method_colours
-from services.reports.detectors import marked_by_first
 from services.reports.plots import comparison_plot, curve_plot, figure_html, trade_off_plot
 from services.reports.tables import (
     COMPARISON_COLUMNS,
@@ -89,7 +88,7 @@ def studies_html(studies: Sequence[CaseStudy], runs: Sequence[RunRecord], colour
     """Case studies below each other; empty where there are none."""
     settings = {run.id: run_setting(run) for run in runs}
     cards = "".join(
-        study_html(marked_by_first(study), number=number, settings=settings, colours=colours)
+        study_html(study, number=number, settings=settings, colours=colours)
         for number, study in enumerate(studies, start=1)
     )
     return f"<h2>Case studies: where SFT and KD differ most</h2>{cards}" if cards else ""

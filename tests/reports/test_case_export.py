@@ -102,6 +102,18 @@ def test_agreement_of_detectors_by_characters() -> None:
     assert agreement(study("", spans=[]).outputs, ["support", "nli"]) == {}
 
 
+@pytest.mark.parametrize("form", ["md", "html"])
+def test_files_say_how_far_the_detectors_agree(form: str) -> None:
+    text = "a" * 40
+    marked = study(text, spans=[span(0, 6), span(3, 14, "lookback")])
+    # Of 40 characters, the 3 before and the 8 after are marked by one alone.
+    said = f"Support and Factual rate {29 / 40:.0%}."
+    assert said in export_studies([marked], make_runs(), title="t", form=form)
+    assert "both mark or neither" not in export_studies(
+        [study(text, spans=[span(0, 6)])], make_runs(), title="t", form=form
+    )
+
+
 def test_the_first_detector_marks_a_page() -> None:
     both = study("0123456789", spans=[span(0, 4, "lookback"), span(2, 6), span(1, 2, "own")])
     assert detectors_of(both) == ["support", "lookback", "own"]
