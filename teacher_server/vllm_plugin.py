@@ -9,6 +9,7 @@ import os
 import select
 import signal
 import threading
+from collections.abc import MutableMapping
 
 logger = logging.getLogger(__name__)
 
@@ -17,6 +18,18 @@ PLUGIN = "smoothkd"
 
 TEACHER_PID = "SMOOTHKD_TEACHER_PID"
 """Environment variable by which a teacher's processes know it; without it vLLM serves somebody else."""
+
+_ALLOWED = "VLLM_PLUGINS"
+"""vLLM's own list of plugins that may load, with commas between; an empty one allows none."""
+
+
+def mark_as_teacher(environment: MutableMapping[str, str]) -> None:
+    """Have the processes that vLLM starts with this ``environment`` load the plugin and know this process as theirs."""
+    environment[TEACHER_PID] = str(os.getpid())
+    allowed = environment.get(_ALLOWED)
+    # Not set, vLLM loads all; a list of those that may load was not made with this one in mind.
+    if allowed is not None and PLUGIN not in allowed.split(","):
+        environment[_ALLOWED] = ",".join(filter(None, [allowed, PLUGIN]))
 
 
 def end_with_teacher() -> None:

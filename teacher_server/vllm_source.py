@@ -18,7 +18,7 @@ from teacher_server.options import TeacherOptions
 from teacher_server.tokenizer import TeacherTokenizer, load_tokenizer
 from teacher_server.vllm_engine import VllmEngine
 from teacher_server.vllm_options import VllmOptions
-from teacher_server.vllm_plugin import PLUGIN, TEACHER_PID
+from teacher_server.vllm_plugin import mark_as_teacher
 from teacher_server.weights import Weights, read_adapter, weights_at
 
 logger = logging.getLogger(__name__)
@@ -185,10 +185,7 @@ def _start_engine(
     # vLLM reads these when it is imported, and its processes inherit them; what a user has set stays.
     for name, value in (_ENVIRONMENT if torch.cuda.is_available() else _ENVIRONMENT | _CPU_ENVIRONMENT).items():
         os.environ.setdefault(name, value)
-    os.environ[TEACHER_PID] = str(os.getpid())
-    if (plugins := os.environ.get("VLLM_PLUGINS")) is not None and PLUGIN not in plugins.split(","):
-        # A list of those that may load, which nobody made with ours in mind.
-        os.environ["VLLM_PLUGINS"] = ",".join(filter(None, [plugins, PLUGIN]))
+    mark_as_teacher(os.environ)
     from vllm.config import PoolerConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM

@@ -3,12 +3,15 @@
 import os
 import subprocess
 import sys
+from importlib.metadata import entry_points
 
 import psutil
 import pytest
 
-from teacher_server.vllm_plugin import TEACHER_PID
-from tests.teacher.serving import wait_until
+from teacher_server.vllm_plugin import PLUGIN, TEACHER_PID, end_with_teacher, mark_as_teacher
+from tests.teacher.serving import REPOSITORY, wait_until
+
+VLLM = REPOSITORY / ".venv-vllm" / "bin" / "python"
 
 TEACHER = f"""
 import os, subprocess, sys, time
@@ -50,6 +53,51 @@ def test_others_who_use_vllm_are_left_alone(environment: dict[str, str]) -> None
     code = "from teacher_server.vllm_plugin import end_with_teacher; end_with_teacher(); import threading; "
     code += "raise SystemExit(threading.active_count())"
     assert subprocess.run([sys.executable, "-c", code], env=os.environ | environment, check=False).returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (None, None),
+        ("", "smoothkd"),
+        ("lora_filesystem_resolver", "lora_filesystem_resolver,smoothkd"),
+        ("a,b", "a,b,smoothkd"),
+        ("smoothkd", "smoothkd"),
+        ("a,smoothkd,b", "a,smoothkd,b"),
+        ("smoothkd_of_others", "smoothkd_of_others,smoothkd"),
+        # vLLM takes blanks for part of a name.
+        ("a, smoothkd", "a, smoothkd,smoothkd"),
+    ],
+)
+def test_the_plugin_joins_those_that_a_user_allows(before: str | None, after: str | None) -> None:
+    environment = {} if before is None else {"VLLM_PLUGINS": before}
+    for _ in range(2):
+        mark_as_teacher(environment)
+        assert environment.get("VLLM_PLUGINS") == after
+        assert environment[TEACHER_PID] == str(os.getpid())
+
+
+def test_the_distribution_offers_the_plugin_to_vllm() -> None:
+    (offered,) = entry_points(group="vllm.general_plugins", name=PLUGIN)
+    assert offered.load() is end_with_teacher
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not VLLM.exists(), reason="needs vLLM in .venv-vllm; make setup-vllm builds it")
+@pytest.mark.parametrize("before", [None, "", "other"])
+def test_vllm_itself_loads_the_plugin(before: str | None) -> None:
+    code = (
+        "import os; from teacher_server.vllm_plugin import mark_as_teacher; mark_as_teacher(os.environ); "
+        "from vllm.plugins import load_plugins_by_group; print(*load_plugins_by_group('vllm.general_plugins'))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "VLLM_PLUGINS"}
+    environment |= {} if before is None else {"VLLM_PLUGINS": before}
+    done = subprocess.run(
+        [VLLM, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True
+    )
+    loaded = done.stdout.splitlines()[-1].split()
+    assert PLUGIN in loaded
+    assert before is None or loaded == [PLUGIN]
 
 
 def _lives(process: psutil.Process) -> bool:
