@@ -101,7 +101,7 @@ def _parse(spec: type[SpecT], data: object) -> SpecT:
             lines = [*lines[:MAX_MISTAKES], f"and {len(lines) - MAX_MISTAKES} more mistakes"]
         raise SpecError(
             "; ".join(lines),
-            fix="Correct these fields and send the specification again; sweeps/ holds complete examples.",
+            fix="Correct these fields and try again; sweeps/ holds complete examples.",
             details={f"error.{index}": line for index, line in enumerate(lines)},
         ) from None
 

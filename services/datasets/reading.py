@@ -60,6 +60,8 @@ def load_records(spec: DatasetSpec, *, offline: bool = False) -> list[dict[str, 
     Context and category are empty text where the data set has none. Raises DatasetError when the data set cannot be
     read, or when a record among the first ``spec.limit`` lacks its instruction or its response.
     """
+    if spec.split != "train" and (spec.path in SHIPPED or is_local(spec.path)):
+        log.warning("%s is a file and has no splits; split %s is ignored", spec.path, spec.split)
     rows = read_rows(spec.path, split=spec.split, offline=offline)
     records = [_record(row) for row in islice(rows, spec.limit)]
     if not records:
@@ -133,8 +135,6 @@ def read_rows(path: str, *, split: str, offline: bool, config: str | None = None
     if path in SHIPPED:
         return local_rows(SHIPPED_DIR / f"{path}.jsonl")
     if is_local(path):
-        if split not in ("train", "test"):
-            log.warning("%s is a file and has no splits; split %s is ignored", path, split)
         return local_rows(Path(path).expanduser())
     return hub_rows(path, config=config, split=split, offline=offline)
 

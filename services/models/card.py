@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
+from services.contract.distillation_spec import LabelSpec
 from services.contract.metric_words import metric_title
 from services.contract.records import Score
 from services.contract.spec import RunSpec
@@ -18,14 +19,21 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 _SCORES = "## Scores"
 _METHODS = {
     "SFT": "supervised fine-tuning on the data set's own responses",
-    "KD": "word-level knowledge distillation: cross-entropy on the data set's responses plus alpha times "
-    "cross-entropy against the teacher's soft labels",
+    "KD": "word-level knowledge distillation: cross-entropy on the data set's responses plus alpha times the "
+    "{divergence} against the teacher's soft labels",
     "SeqKD": "sequence-level knowledge distillation: the teacher's own greedy responses",
-    "SeqKD+KD": "the teacher's own greedy responses plus alpha times cross-entropy against its soft labels",
+    "SeqKD+KD": "the teacher's own greedy responses plus alpha times the {divergence} against its soft labels",
     "GKD": "word-level knowledge distillation, in a part of the steps on the student's own responses (on-policy)",
     "SeqKD+GKD": "the teacher's own greedy responses with its soft labels, and in a part of the steps the student's "
     "own (on-policy)",
 }
+_DIVERGENCES = {
+    "cross_entropy": "cross-entropy",
+    "forward_kl": "forward Kullback-Leibler divergence",
+    "reverse_kl": "reverse Kullback-Leibler divergence",
+    "jsd": "generalised Jensen-Shannon divergence",
+}
+_ACROSS_TOKENIZERS = "distance of sorted probabilities (universal logit distillation)"
 
 
 def model_card(
@@ -55,7 +63,7 @@ def model_card(
     sections = [
         f"---\n{data.to_yaml()}\n---",
         f"# {title}",
-        f"Made by smoothkd with {_METHODS[spec.method.split()[0]]}.",
+        f"Made by smoothkd with {_METHODS[spec.method.split()[0]].format(divergence=_divergence(spec))}.",
         _table(("", "value"), _what_made_it(spec, teacher_fingerprint, examples=examples, steps=steps)),
         "## Final losses",
         _table(("per response token, in nats", "value"), [(name, f"{value:.4f}") for name, value in losses.items()])
@@ -118,7 +126,8 @@ def _what_made_it(
         lora = spec.student.lora
         rows.append(("adapters", f"LoRA of rank {lora.rank}, alpha {lora.alpha}, merged; also in adapter/"))
     if spec.teacher is not None and spec.needs_teacher:
-        rows.append(("teacher", _with_revision(spec.teacher.model, spec.teacher.revision)))
+        counts = f", weight {spec.teacher.shares[0]:.3g}" if spec.teacher.others else ""
+        rows.append(("teacher", _with_revision(spec.teacher.model, spec.teacher.revision) + counts))
         if spec.teacher.finetune is not None:
             rows.append(("teacher's fine-tuning", f"{spec.teacher.finetune.method}, on the same records"))
         for other, share in zip(spec.teacher.others, spec.teacher.shares[1:], strict=True):
@@ -129,8 +138,8 @@ def _what_made_it(
             rows += [
                 ("alpha", f"{spec.alpha:g}"),
                 ("temperature", f"{distillation.temperature:g}"),
-                ("divergence", distillation.divergence),
-                ("soft labels", distillation.labels.encoding),
+                ("divergence", _divergence(spec)),
+                ("soft labels", _soft_labels(distillation.labels)),
             ]
         if distillation.on_policy is not None:
             rows.append(("on-policy", f"{distillation.on_policy.fraction:.0%} of the steps"))
@@ -147,6 +156,20 @@ def _what_made_it(
         ("run key", spec.key),
     ]
     return rows
+
+
+def _divergence(spec: RunSpec) -> str:
+    """What alpha weighs."""
+    distillation = spec.distillation
+    if distillation.cross_tokenizer is not None:
+        return _ACROSS_TOKENIZERS
+    beta = f" (beta {distillation.beta or 0.5:g})" if distillation.divergence == "jsd" else ""
+    return _DIVERGENCES[distillation.divergence] + beta
+
+
+def _soft_labels(labels: LabelSpec) -> str:
+    options = {"top_k": f", k {labels.k}", "sampled": f", {labels.draws} draws, seed {labels.seed}"}
+    return labels.encoding + options.get(labels.encoding, "")
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -117,6 +117,17 @@ def test_an_unusable_file_is_an_error(tmp_path: Path, name: str, content: bytes 
         check_dataset(DatasetSpec(path=str(path)))
 
 
+@pytest.mark.parametrize(("split", "told"), [("train", 0), ("test", 1), ("validation", 1)])
+def test_a_split_of_a_file_is_ignored_aloud(
+    split: str, told: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "records.jsonl"
+    path.write_text('{"instruction": "Name a port.", "response": "Ostrel"}\n', encoding="utf-8")
+    assert len(load_records(DatasetSpec(path=str(path), split=split))) == 1
+    assert len(caplog.records) == told
+    assert all(f"split {split} is ignored" in record.message for record in caplog.records)
+
+
 def test_a_directory_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="is a directory"):
         check_dataset(DatasetSpec(path=str(tmp_path)))

@@ -13,7 +13,7 @@ from services.contract.errors import CancelledError, TrainingError
 from services.contract.records import MetricPoint, Score
 from services.contract.settings import Settings
 from services.contract.spec_reading import load_run
-from services.models.card import write_scores
+from services.models.card import model_card, write_scores
 from student_trainer import loss, trainer
 from student_trainer.chunk_loss import chunk_loss
 from student_trainer.train import train
@@ -167,6 +167,43 @@ def test_the_final_model_is_whole_and_tells_how_it_was_made(
     ):
         assert shown in card.text
     assert load_run(model / "run.yaml") == spec
+
+
+@pytest.mark.parametrize(
+    ("distillation", "weighed", "labels"),
+    [
+        ({}, "cross-entropy", "exact"),
+        ({"labels": {"encoding": "top_k", "k": 8}}, "cross-entropy", "top_k, k 8"),
+        (
+            {"labels": {"encoding": "sampled", "draws": 50, "seed": 7}},
+            "cross-entropy",
+            "sampled, 50 draws, seed 7",
+        ),
+        ({"divergence": "reverse_kl"}, "reverse Kullback-Leibler divergence", "exact"),
+        ({"divergence": "jsd"}, "generalised Jensen-Shannon divergence (beta 0.5)", "exact"),
+        ({"divergence": "jsd", "beta": 0.3}, "generalised Jensen-Shannon divergence (beta 0.3)", "exact"),
+        (
+            {"cross_tokenizer": "uld"},
+            "distance of sorted probabilities (universal logit distillation)",
+            "exact",
+        ),
+    ],
+)
+@pytest.mark.parametrize("level", ["word", "word+sequence"])
+def test_the_card_says_what_alpha_weighed(
+    level: str, distillation: dict, weighed: str, labels: str, make_run: MakeRun
+) -> None:
+    spec = make_run(alpha=0.5, distillation=distillation | {"level": level})
+    card = model_card(spec, teacher_fingerprint="f", examples=10, steps=6, losses={})
+    assert f"plus alpha times the {weighed} against " in card
+    assert f"| divergence | {weighed} |" in card
+    assert f"| soft labels | {labels} |" in card
+
+
+def test_the_card_says_what_each_teacher_counted(make_run: MakeRun) -> None:
+    spec = make_run(alpha=0.5, teacher={"model": "a", "weight": 3, "others": [{"model": "b"}]})
+    card = model_card(spec, teacher_fingerprint="f, g", examples=10, steps=6, losses={})
+    assert "| teacher | a, weight 0.75 |\n| another teacher | b, weight 0.25 |" in card
 
 
 def test_the_specification_beside_a_model_repeats_it(make_run: MakeRun, settings: Settings, tmp_path: Path) -> None:
