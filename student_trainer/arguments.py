@@ -28,8 +28,6 @@ def training_arguments(spec: RunSpec, checkpoints: Path, *, steps: int) -> Train
     micro_batch_size = micro_batch(spec)
     if training.fsdp and processes().num_processes == 1:
         raise SpecError("fsdp shares a model among several processes, and there is one", fix="Set training.processes.")
-    if training.fsdp and training_device().type != "cuda":
-        raise UnsupportedError("fsdp needs GPUs", fix="Remove training.fsdp: processes then share the batch alone.")
     if training.deepspeed and importlib.util.find_spec("deepspeed") is None:
         raise MissingExtraError(
             "training.deepspeed needs DeepSpeed, which is not installed", fix="pip install deepspeed"

@@ -33,7 +33,11 @@ def in_processes(work: Callable[[], None], *, command: Sequence[str], processes:
         # By its number, for it may have ended while this process was loading.
         die_with_parent(int(os.environ[AGENT_PID]))
         _report_failure(work)
-    elif processes == 1 or "RANK" in os.environ:
+        _leave_group()
+    elif "RANK" in os.environ:
+        work()
+        _leave_group()
+    elif processes == 1:
         work()
     else:
         _launch(command, processes=processes)
@@ -51,6 +55,14 @@ def _report_failure(work: Callable[[], None]) -> None:
         except FileExistsError:
             pass
         raise
+
+
+def _leave_group() -> None:
+    """A process that ends without may abort, for torch's threads still serve the group; that would stop the others."""
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _launch(command: Sequence[str], *, processes: int) -> None:

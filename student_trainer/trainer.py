@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from services.contract.distillation_spec import Divergence
 from services.contract.errors import TrainingError
@@ -27,6 +28,7 @@ from student_trainer.machine import flops_per_token, model_flops_utilization, pe
 from student_trainer.observables import Observables
 from student_trainer.on_policy import OnPolicy
 from student_trainer.output_head import OutputHead
+from student_trainer.sharding import prepare_sharding
 from student_trainer.student import loss_at_head, output_head
 from student_trainer.targets import ExactTargets, SoftTargets
 
@@ -72,6 +74,7 @@ class DistillationTrainer(Trainer):
     ) -> None:
         # One process drives one device; without this the library wraps the model for all GPUs it sees.
         args._n_gpu = min(args.n_gpu, 1)
+        prepare_sharding(args, model=model, matmul_dtype=objective.matmul_dtype)
         super().__init__(model=model, args=args, train_dataset=examples, data_collator=collate, callbacks=callbacks)
         # The library counts num_items_in_batch for models that take it, and then trusts the loss to be scaled.
         self.model_accepts_loss_kwargs = True
@@ -152,6 +155,8 @@ class DistillationTrainer(Trainer):
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             return None
         gathered: dict[str, Tensor] = self.accelerator.get_state_dict(self.model_wrapped)
+        # Models that are loaded from here on are to be whole.
+        unset_hf_deepspeed_config()
         return gathered
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -1,0 +1,162 @@
+"""Runs whose processes share a model's weights (FSDP2), on the CPU: against runs of one process that has them all."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, TrainingArguments
+
+from services.contract.errors import UnsupportedError
+from services.contract.records import MetricPoint
+from services.contract.settings import Settings
+from services.contract.spec import RunSpec
+from student_trainer.sharding import prepare_sharding
+from student_trainer.train import train
+from tests.trainer.encoder_decoders import make_encoder_decoder
+from tests.trainer.runs import assert_same_bits, weights
+
+REPOSITORY = Path(__file__).parents[2]
+COMMAND = [sys.executable, "-m", "services.cli.main", "train"]
+UNLIKE = ("tokens_per_second", "label_", "peak_memory", "epoch")
+"""Metrics that two runs of the same steps need not share."""
+
+
+@pytest.fixture(scope="module")
+def tied_model(student_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its embedding is its output head."""
+    directory = tmp_path_factory.mktemp("tied")
+    AutoTokenizer.from_pretrained(student_model).save_pretrained(directory)
+    config = AutoConfig.from_pretrained(student_model)
+    config.tie_word_embeddings = True
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.slow
+def test_processes_that_share_weights_train_what_one_does(
+    make_run: Callable[..., RunSpec],
+    settings: Settings,
+    mock_address: str,
+    records_file: Path,
+    student_model: Path,
+    tied_model: Path,
+    tmp_path: Path,
+) -> None:
+    """Weights, and what is measured on the way; then one of the runs again, killed at its first checkpoint."""
+    settings = settings.model_copy(update={"teacher_address": mock_address})
+    eight = {"dataset": {"path": str(records_file), "limit": 8}}
+    taught = eight | {"teacher": {"model": str(student_model)}}
+    cases = {
+        "distilled": make_run(
+            **taught,
+            alpha=1.0,
+            student={"model": str(tied_model)},
+            training={"held_out": 2, "max_grad_norm": 0.05, "checkpoint_steps": 2, "epochs": 3},
+        ),
+        "fine-tuned": make_run(**eight, training={"gradient_checkpointing": True, "micro_batch_size": 2}),
+        "adapters": make_run(
+            **taught, alpha=0.5, student={"model": str(student_model), "lora": {"rank": 4, "alpha": 8}}
+        ),
+        "bf16": make_run(**eight, training={"precision": "bf16", "epochs": 1}),
+    }
+    together = train_together(cases, tmp_path / "together", settings=settings)
+    measured = {name: json.loads((together / name / "measured.json").read_text()) for name in cases}
+    assert measured["fine-tuned"]["share"] < 0.51
+    assert measured["bf16"]["reduced_in"] == "torch.float32"
+    for name in ("distilled", "fine-tuned", "adapters"):
+        points: list[MetricPoint] = []
+        alone = train(cases[name], out=tmp_path / "alone" / name, settings=settings, on_metrics=points.extend)
+        assert_close(together / name / "run" / "model", alone, name)
+        expected = {f"{point.name} {point.step}": point.value for point in points if not point.name.startswith(UNLIKE)}
+        found = {metric: measured[name]["metrics"][metric] for metric in expected}
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-5), name
+        assert ("held_out_loss 2" in found) == (name == "distilled")
+    model = AutoModelForCausalLM.from_pretrained(together / "distilled" / "run" / "model")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+    run_file = write_spec(tmp_path / "run.yaml", cases["distilled"])
+    command = [*COMMAND, str(run_file), "--out", str(tmp_path / "killed")]
+    kill_at_a_checkpoint(command, tmp_path / "killed", settings=settings)
+    done = subprocess.run(command, env=environment(settings), capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert_same_bits(tmp_path / "killed" / "model", together / "distilled" / "run" / "model")
+
+
+def test_layers_that_share_weights_in_ways_of_their_own_are_refused(
+    student_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything trains: an embedding that is encoder's, decoder's and the model's own cannot be shared out."""
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")
+    arguments = TrainingArguments(output_dir=str(tmp_path), fsdp=True, fsdp_config={"version": 2}, use_cpu=True)
+    model = AutoModelForSeq2SeqLM.from_pretrained(make_encoder_decoder("t5-tied-scaled", tmp_path / "t5"))
+    with pytest.raises(UnsupportedError, match="one weight in several layers"):
+        prepare_sharding(arguments, model=model, matmul_dtype=torch.float32)
+    prepare_sharding(arguments, model=AutoModelForCausalLM.from_pretrained(student_model), matmul_dtype=torch.float32)
+
+
+def train_together(cases: dict[str, RunSpec], directory: Path, *, settings: Settings) -> Path:
+    """Each case in ``directory/NAME/run``, by the same two processes."""
+    for name, spec in cases.items():
+        write_spec(directory / name / "spec.yaml", spec)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+            *("-m", "tests.trainer.sharded_runs", *(str(directory / name) for name in cases)),
+        ],
+        env=environment(settings),
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return directory
+
+
+def write_spec(path: Path, spec: RunSpec) -> Path:
+    document = spec.model_dump(mode="json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(document | {"training": document["training"] | {"processes": 2, "fsdp": True}}))
+    return path
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    return os.environ | {
+        "SMOOTHKD_DATA_DIR": str(settings.data_dir),
+        "SMOOTHKD_TEACHER_ADDRESS": settings.teacher_address,
+        "SMOOTHKD_OFFLINE": "true",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def assert_close(left: Path, right: Path, name: str) -> None:
+    found, expected = weights(left), weights(right)
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=1e-5, msg=f"{name}: {key}")
+
+
+def kill_at_a_checkpoint(command: list[str], out: Path, *, settings: Settings) -> None:
+    """SIGKILL of who waits for the processes, which end with it, once a checkpoint is whole and the run is not."""
+    with out.with_suffix(".log").open("wb") as log:
+        process = subprocess.Popen(command, env=environment(settings), stdout=log, stderr=log)
+    deadline = time.monotonic() + 180
+    while not list(out.glob("checkpoints/checkpoint-*/whole.json")):
+        assert process.poll() is None, out.with_suffix(".log").read_text()
+        assert time.monotonic() < deadline
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not psutil.wait_procs(family, timeout=30)[1]
+    assert not (out / "model").exists()
