@@ -24,6 +24,6 @@ def merge_adapter(model: Any, adapter: Path) -> Any:
         return adapted.merge_and_unload(safe_merge=True)
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         raise ModelNotFoundError(
-            f"the adapter in {adapter} cannot be added to the model: {str(error).splitlines()[0]}",
+            f"the adapter in {adapter} cannot be added to the model: {' '.join(str(error).split())[:300]}",
             fix="Load an adapter of this very model, whole and with finite weights.",
         ) from error

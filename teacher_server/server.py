@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import grpc.aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from services.contract.errors import TeacherError
@@ -23,6 +23,7 @@ from services.telemetry import start_telemetry
 from teacher_server.admission import Admission
 from teacher_server.calls import CallObserver
 from teacher_server.engine import ENGINE_FAILED
+from teacher_server.health import Health
 from teacher_server.metrics import TeacherMetrics
 from teacher_server.models import Models
 from teacher_server.options import TeacherOptions
@@ -79,7 +80,7 @@ async def run_server(
     metrics = _metrics(admission, cache)
     observer = CallObserver(metrics)
     servicer = TeacherServicer(models, admission=admission, cache=cache, metrics=metrics)
-    health_servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]
+    health_servicer = Health()
     guards = [TokenInterceptor(token)] if token else []
     interceptors = [observer, *guards, UndecodableInterceptor()]
     server = grpc.aio.server(options=_SERVER_OPTIONS, interceptors=interceptors)
@@ -87,7 +88,6 @@ async def run_server(
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
-    await _set_health(health_servicer, serving=False)
     port = _bind(server, host, settings.teacher_port if options.port is None else options.port, credentials=credentials)
     observer.replica = f"{socket.gethostname()}:{port}"
     metrics_port = settings.teacher_metrics_port if options.metrics_port is None else options.metrics_port
@@ -99,14 +99,14 @@ async def run_server(
         await asyncio.wait([preparing, stopping], return_when=asyncio.FIRST_COMPLETED)
         if preparing.done():
             preparing.result()
-            await _set_health(health_servicer, serving=True)
+            health_servicer.serve()
             if on_ready is not None:
                 on_ready(port)
             await stopping
     finally:
         preparing.cancel()
         stopping.cancel()
-        await health_servicer.enter_graceful_shutdown()
+        health_servicer.stop()
         await _drain(server, seconds=options.drain_seconds, hurry=hurry)
         models.close()
         if stop_metrics is not None:
@@ -191,9 +191,3 @@ def _why_not_bound(host: str, port: int) -> Exception:
         return bind_error(error, host=host, port=port, setting="SMOOTHKD_TEACHER_PORT")
     in_use = OSError(errno.EADDRINUSE, "in use")
     return bind_error(in_use, host=host, port=port, setting="SMOOTHKD_TEACHER_PORT")
-
-
-async def _set_health(servicer: Any, *, serving: bool) -> None:
-    states = health_pb2.HealthCheckResponse
-    for name in ("", SERVICE_NAME):
-        await servicer.set(name, states.SERVING if serving else states.NOT_SERVING)

@@ -1,5 +1,7 @@
 """Weights that are not all numbers, or not all there: what they spoil fails aloud, and nothing else does."""
 
+import os
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from services.contract.errors import TeacherError
+from services.contract.errors import TeacherError, UnsupportedError
 from services.contract.settings import Settings
 from services.contract.teacher.v1 import teacher_service_pb2 as pb
 from services.contract.teacher.v1.teacher_service_pb2_grpc import TeacherServiceStub
@@ -92,3 +94,23 @@ def test_weights_that_were_cut_short_are_refused(model_of: Callable[[str], Path]
     options = TeacherOptions(model=str(directory), engine="transformers", port=0)
     with pytest.raises(TeacherError, match=r"cut cannot be loaded: .*not fully covered"), running_teacher(options):
         pass
+
+
+class Trap:
+    """Calls what it was made with when it is unpickled."""
+
+    def __init__(self, command: str) -> None:
+        self._command = command
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, (self._command,)
+
+
+def test_weights_in_a_pickle_run_no_code(model_of: Callable[[str], Path], tmp_path: Path) -> None:
+    directory, sprung = tmp_path / "trap", tmp_path / "sprung"
+    shutil.copytree(model_of("llama-untied"), directory, ignore=shutil.ignore_patterns("*.safetensors"))
+    (directory / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(f"touch {sprung}"), protocol=2))
+    options = TeacherOptions(model=str(directory), engine="transformers", port=0)
+    with pytest.raises(UnsupportedError, match="a pickle that would run code"), running_teacher(options):
+        pass
+    assert not sprung.exists()

@@ -167,6 +167,14 @@ def _nan_adapter(directory: Path) -> None:
     _change_adapter(directory, lambda tensors: tensors[min(tensors)].fill_(float("nan")))
 
 
+def _of_a_wider_model(directory: Path) -> None:
+    def widen(tensors: dict[str, torch.Tensor]) -> None:
+        name = next(name for name in sorted(tensors) if "lora_A" in name)
+        tensors[name] = tensors[name].repeat(1, 2)
+
+    _change_adapter(directory, widen)
+
+
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys")
 @pytest.mark.parametrize(
     ("damage", "error", "words"),
@@ -175,6 +183,7 @@ def _nan_adapter(directory: Path) -> None:
         (_other_type, InvalidInputError, "type IA3"),
         (_half_adapter, ModelNotFoundError, "lacks the tensor"),
         (_nan_adapter, ModelNotFoundError, "NaN|finite"),
+        (_of_a_wider_model, ModelNotFoundError, "size mismatch for .*lora_A"),
         (lambda directory: (directory / "adapter_model.safetensors").unlink(), ModelNotFoundError, "lacks adapter_"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -228,6 +229,25 @@ def test_draining_says_so_refuses_and_finishes(tmp_path: Path) -> None:
         assert process.poll() is None
         assert len(list(stream)) == 59
         assert process.wait(15) == 0
+
+
+def test_draining_waits_for_nobody_who_only_watches(tmp_path: Path) -> None:
+    port = free_port()
+    options = {"model": "300", "engine": "mock", "port": port, "drain_seconds": 300.0}
+    states: list[int] = []
+    with (
+        teacher_process(options, log=tmp_path / "log") as process,
+        grpc.insecure_channel(f"127.0.0.1:{port}") as channel,
+    ):
+        wait_until(lambda: health_of(f"127.0.0.1:{port}") == "SERVING")
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=20)
+        states.append(next(watch).status)
+        process.send_signal(signal.SIGTERM)
+        # It ends in OK: the server said all that there is to say.
+        states.extend(answer.status for answer in watch)
+        assert process.wait(15) == 0
+    assert states[0] == health_pb2.HealthCheckResponse.SERVING
+    assert set(states[1:]) == {health_pb2.HealthCheckResponse.NOT_SERVING}
 
 
 @pytest.mark.parametrize(("drain_seconds", "signals"), [(0.5, 1), (300.0, 2)])
