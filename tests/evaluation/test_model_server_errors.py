@@ -101,14 +101,14 @@ def test_another_model_is_named(tmp_path: Path) -> None:
 def test_the_key_is_shown_with_every_request(tiny_model: Path, tmp_path: Path) -> None:
     """And never told, whatever its form."""
     keys: list[str | None] = []
-    settings = Settings(data_dir=tmp_path / "data", offline=True, model_server_key=SecretStr("se crét\n"))
+    settings = Settings(data_dir=tmp_path / "data", offline=True, model_server_key=SecretStr("se cret\n"))
     models = json.dumps({"data": [{"id": "m", "root": str(tiny_model)}]})
     spec = parse_evaluation({"benchmarks": ["demo_news"], "limit": 1, "metrics": ["rouge_l"]})
     with answering(models=models, keys=keys) as url, pytest.raises(EvaluationError) as caught:
         # It answers no question but which models there are.
         evaluate_to_directory(str(tiny_model), spec, tmp_path / "out", settings, server=url)
     assert "cr" not in str(caught.value)
-    assert [key and key.encode("latin-1").decode() for key in keys] == ["Bearer se crét"] * 2
+    assert [key and key.encode("latin-1").decode() for key in keys] == ["Bearer se cret"] * 2
 
 
 def test_an_address_that_was_wrong_can_be_corrected(tiny_model: Path, tmp_path: Path) -> None:
