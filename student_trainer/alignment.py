@@ -4,6 +4,8 @@ Shape suffixes: N label positions, K kept tokens, D the teacher's hidden size, S
 positions looked at, or of sampled labels all their distinct tokens.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from services.contract.errors import LabelMismatchError
@@ -106,23 +108,50 @@ def verify_token_logprobs(
         if head is None:
             raise ValueError("exact labels are verified with the teacher's output head")
         recomputed_M, tolerance_M = _from_hidden(labels.hidden_ND[chosen_M], tokens_M, head)
-        difference_M = np.abs(told_M - recomputed_M)
     elif isinstance(labels, FullLabels):
         recomputed_M = labels.logprobs_NV[chosen_M, tokens_M].astype(np.float64)
-        difference_M, tolerance_M = np.abs(told_M - recomputed_M), _float16_tolerance(told_M)
+        tolerance_M = _float16_tolerance(told_M)
     elif isinstance(labels, TopKLabels) and temperature == 1.0:
-        difference_M, tolerance_M = _against_top_k(labels, chosen_M, tokens_M, told_M), _float16_tolerance(told_M)
+        recomputed_M, tolerance_M = _of_top_k(labels, chosen_M, tokens_M, told_M), _float16_tolerance(told_M)
     else:
         return 0.0
-    worst = int(np.argmax(difference_M - tolerance_M))
-    if difference_M[worst] > tolerance_M[worst]:
-        raise LabelMismatchError(
-            f"at position {sequence.label_positions[chosen_M[worst]]} of sequence {sequence.id!r} the labels give "
-            f"token {tokens_M[worst]} a log-probability that differs by {difference_M[worst]:.4f} from the teacher's "
-            f"{told_M[worst]:.4f} (tolerance {tolerance_M[worst]:.4f})",
+    found = Found(told_R=told_M, found_R=recomputed_M, tolerance_R=tolerance_M)
+    worst = found.worst_mismatch()
+    if worst is not None:
+        raise found.mismatch(worst, sequence, place=int(chosen_M[worst]))
+    return float(found.differences().max())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """Log-probabilities of actual tokens: those that the teacher told, those that its labels give, and by how much the
+    two may differ, in nats.
+    """
+
+    told_R: Array
+    found_R: Array
+    tolerance_R: Array
+
+    def differences(self) -> Array:
+        """0 where both say that a token cannot come."""
+        with np.errstate(invalid="ignore"):
+            return np.where(self.told_R == self.found_R, 0.0, np.abs(self.told_R - self.found_R))
+
+    def worst_mismatch(self) -> int | None:
+        """None where all agree; NaN agrees with nothing."""
+        excess_R = np.nan_to_num(self.differences() - self.tolerance_R, nan=np.inf)
+        worst = int(np.argmax(excess_R))
+        return worst if excess_R[worst] > 0 else None
+
+    def mismatch(self, row: int, sequence: TokenSequence, *, place: int) -> LabelMismatchError:
+        """The error that names this row, which is of the label position ``place`` of ``sequence``."""
+        position, difference = sequence.label_positions[place], self.differences()[row]
+        return LabelMismatchError(
+            f"at position {position} of sequence {sequence.id!r} the labels give token {sequence.token_ids[position]} "
+            f"a log-probability that differs by {difference:.4f} from the teacher's {self.told_R[row]:.4f} "
+            f"(tolerance {self.tolerance_R[row]:.4f})",
             fix=MISALIGNED_FIX,
         )
-    return float(difference_M.max())
 
 
 def _from_hidden(hidden_MD: Array, tokens_M: Array, head: LmHead) -> tuple[Array, Array]:
@@ -140,17 +169,17 @@ def _from_hidden(hidden_MD: Array, tokens_M: Array, head: LmHead) -> tuple[Array
 
 
 def _float16_tolerance(logprobs_M: Array) -> Array:
-    return np.asarray(FLOAT_TOLERANCE + np.abs(logprobs_M) * _ROUNDING["float16"])
+    size_M = np.where(np.isfinite(logprobs_M), np.abs(logprobs_M), 0.0)
+    return np.asarray(FLOAT_TOLERANCE + size_M * _ROUNDING["float16"])
 
 
-def _against_top_k(labels: TopKLabels, chosen_M: Array, tokens_M: Array, told_M: Array) -> Array:
+def _of_top_k(labels: TopKLabels, chosen_M: Array, tokens_M: Array, told_M: Array) -> Array:
     hit_MK = labels.ids_NK[chosen_M] == tokens_M[:, None]
     kept_M = np.where(hit_MK, labels.logprobs_NK[chosen_M].astype(np.float64), 0.0).sum(axis=1)
     with np.errstate(divide="ignore"):
         # A token outside the top k is at most as likely as the whole tail.
         log_tail_M = np.log(labels.tail_mass_N[chosen_M].astype(np.float64))
-    beyond_M = np.maximum(told_M - log_tail_M, 0.0)
-    return np.asarray(np.where(hit_MK.any(axis=1), np.abs(told_M - kept_M), beyond_M))
+    return np.asarray(np.where(hit_MK.any(axis=1), kept_M, np.minimum(told_M, log_tail_M)))
 
 
 def _check_vocabulary(ids: Array, sequence: TokenSequence, *, vocab_size: int) -> None:

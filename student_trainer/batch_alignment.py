@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from services.contract.errors import LabelMismatchError
 from services.contract.sequences import TokenSequence
 from services.contract.soft_labels import ScoredSequence, spread_positions
+from services.contract.tensors import Array
 from services.models.head_product import float32_product
-from student_trainer.alignment import FLOAT_TOLERANCE, MISALIGNED_FIX
+from student_trainer.alignment import FLOAT_TOLERANCE, Found
 from student_trainer.output_head import OutputHead, shape_logits
 from student_trainer.targets import ExactTargets
 
@@ -43,40 +43,30 @@ def require_aligned(
             for sequence, own, part in zip(sequences, positions, chosen, strict=True)
         ]
     )
-    told_R = np.concatenate(told)
     device = targets.hidden_NE.device
-    differences_R, tolerances_R = _compare(
-        targets.hidden_NE[torch.from_numpy(rows_R).to(device)],
-        torch.from_numpy(tokens_R).to(device),
-        torch.from_numpy(told_R).to(device),
-        head=targets.head,
+    found_R, tolerance_R = _found(
+        targets.hidden_NE[torch.from_numpy(rows_R).to(device)], torch.from_numpy(tokens_R).to(device), head=targets.head
     )
-    excess_R = differences_R - tolerances_R
-    worst = int(excess_R.argmax())
-    # Written so that NaN, which compares with nothing, is an excess too.
-    if excess_R[worst] <= 0:
-        return
-    place = int(np.searchsorted(starts, rows_R[worst], side="right")) - 1
-    position = positions[place][rows_R[worst] - starts[place]]
-    raise LabelMismatchError(
-        f"at position {position} of sequence {sequences[place].id!r} the labels give token {tokens_R[worst]} a "
-        f"log-probability that differs by {differences_R[worst]:.4f} from the teacher's {told_R[worst]:.4f} "
-        f"(tolerance {tolerances_R[worst]:.4f})",
-        fix=MISALIGNED_FIX,
-    )
+    found = Found(told_R=np.concatenate(told), found_R=found_R, tolerance_R=tolerance_R)
+    worst = found.worst_mismatch()
+    if worst is not None:
+        owner = int(np.searchsorted(starts, rows_R[worst], side="right")) - 1
+        raise found.mismatch(worst, sequences[owner], place=int(rows_R[worst] - starts[owner]))
 
 
 @torch.no_grad()
-def _compare(hidden_RE: Tensor, tokens_R: Tensor, told_R: Tensor, *, head: OutputHead) -> tuple[Tensor, Tensor]:
-    """Differences from what the teacher told, and what may be of them, in nats."""
-    weight_VE, bias_V = head.weight_RD, head.bias_R
-    products_RV = float32_product(hidden_RE.to(weight_VE.dtype), weight_VE)
-    logits_RV = shape_logits(products_RV, bias_V, head.logit_scale, head.soft_cap, torch.float32)
-    found_R = -torch.nn.functional.cross_entropy(logits_RV, tokens_R, reduction="none")
+def _found(hidden_RE: Tensor, tokens_R: Tensor, *, head: OutputHead) -> tuple[Array, Array]:
+    """Log-probabilities of the tokens, and what rounding may have made of them, in nats."""
+    weight_VE = head.weight_RD
+    # Within a model's mixed precision products would be rounded to 16 bits.
+    with torch.autocast(hidden_RE.device.type, enabled=False):
+        products_RV = float32_product(hidden_RE.to(weight_VE.dtype), weight_VE)
+        logits_RV = shape_logits(products_RV, head.bias_R, head.logit_scale, head.soft_cap, torch.float32)
+        found_R = -torch.nn.functional.cross_entropy(logits_RV, tokens_R, reduction="none")
     # As in alignment.verify_token_logprobs, with the head's rounding beside that of the states.
     noise_R = torch.zeros_like(found_R)
     for row_R in (tokens_R, logits_RV.argmax(dim=1)):
         noise_R += torch.linalg.vector_norm(weight_VE[row_R].float() * hidden_RE.float(), dim=1)
     coarser = max(torch.finfo(dtype).eps for dtype in (hidden_RE.dtype, weight_VE.dtype)) / 2
     deviation = coarser * (2 / 3) ** 0.5 * abs(head.logit_scale)
-    return (told_R - found_R).abs().cpu(), (FLOAT_TOLERANCE + _DEVIATIONS * deviation * noise_R).cpu()
+    return found_R.cpu().numpy(), (FLOAT_TOLERANCE + _DEVIATIONS * deviation * noise_R).cpu().numpy()

@@ -109,8 +109,10 @@ class LabelPrefetcher:
         return ticket
 
     def take(self, ticket: int) -> BatchLabels:
-        """The labels of the batch, once. CancelledError when the run is to stop meanwhile; LabelMismatchError for
-        labels of other tokens, as far as this can tell without a teacher's head.
+        """The labels of the batch, once. CancelledError when the run is to stop meanwhile.
+
+        LabelMismatchError for full labels, and top-k labels at temperature 1, that do not fit what the teacher tells of
+        the actual tokens; exact ones are for ``require_aligned``, and of others nothing more than their hash is known.
         """
         asked = self._asked.pop(ticket)
         started = time.monotonic()

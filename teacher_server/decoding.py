@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from services.contract.errors import TeacherError
 from services.contract.sequences import Continuation, DecodeOptions, FinishReason, Prompt
 from teacher_server.batching import DecodeWatch
 from teacher_server.draws import draw_generator
+from teacher_server.engine import logits_not_finite
 
 
 @torch.inference_mode()
@@ -64,10 +64,7 @@ class _Draw(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         scores_BV = scores.float()
         if scores_BV.isnan().any():
-            raise TeacherError(
-                "the teacher's logits are not finite",
-                fix="The weights are damaged, or overflow in this precision: try --dtype bfloat16 or float32.",
-            )
+            raise logits_not_finite()
         if self._temperature > 0:
             noise_BV = np.stack([generator.gumbel(size=self._vocab_size) for generator in self._generators])
             noisy_BV = scores_BV[:, : self._vocab_size].double() / self._temperature

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from services.contract.errors import TeacherError
 from services.contract.lm_head import LmHead
 from services.contract.sequences import Continuation, DecodeOptions, LabelOptions, Prompt, TokenSequence
 from services.contract.soft_labels import ScoredSequence
@@ -108,3 +109,11 @@ class Engine(Protocol):
     def close(self) -> None:
         """Stop computing and let go of threads; requests under way end in an error."""
         ...
+
+
+def logits_not_finite() -> TeacherError:
+    """What an engine or its caller raises for a sequence whose logits hold NaN; others may still be right."""
+    return TeacherError(
+        "the teacher's logits are not finite",
+        fix="The weights are damaged, or overflow in this precision: try --dtype bfloat16 or float32.",
+    )

@@ -55,7 +55,7 @@ class Gathered(Generic[ItemT, ResultT]):
         except Exception as error:  # noqa: BLE001 - whoever asked gets it
             if len(batch) > 1:
                 for single in batch:
-                    await self._answer([single])
+                    await self._answer([] if single[1].done() else [single])
             elif not batch[0][1].done():
                 batch[0][1].set_exception(error)
             return

@@ -8,14 +8,14 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from services.contract.errors import OverloadedError, SmoothKDError, TeacherError
+from services.contract.errors import OverloadedError, SmoothKDError
 from services.contract.sequences import Continuation, DecodeOptions, LabelOptions, Prompt, TokenSequence
 from services.contract.soft_labels import ScoredSequence, hash_sequence
 from services.contract.teacher.v1 import teacher_service_pb2 as pb
 from services.labels.cache import label_key
 from teacher_server.admission import Admission, Stream
 from teacher_server.calls import note_labelled
-from teacher_server.engine import Engine
+from teacher_server.engine import Engine, logits_not_finite
 from teacher_server.fair_queue import FairQueue
 from teacher_server.flights import Flight, Flights, Payload
 from teacher_server.sizes import label_bytes
@@ -215,10 +215,7 @@ async def _as_they_come(
 def _encode(scored: ScoredSequence, label_dtype: str) -> bytes:
     # A token may have no probability (-inf), but one that is no number means that the labels are none either.
     if np.isnan(scored.token_logprobs_P).any():
-        raise TeacherError(
-            "the teacher's logits are not finite",
-            fix="The weights are damaged, or overflow in this precision: try --dtype bfloat16 or float32.",
-        )
+        raise logits_not_finite()
     return encode_scored(scored, label_dtype=label_dtype).SerializeToString()
 
 

@@ -83,7 +83,7 @@ class TorchHead:
                 labels: SoftLabels = ExactLabels(hidden_ND=to_numpy(hidden_ND))
                 token_logprobs_P = checked[place]
             else:
-                token_logprobs_P, labels = self._labels(hidden_ND, sequence, options)
+                token_logprobs_P, labels = self._labels(hidden_ND.to(self.weight_VD.device), sequence, options)
             scored.append(
                 ScoredSequence(
                     id=sequence.id,
@@ -95,9 +95,10 @@ class TorchHead:
         return scored
 
     def _states(self, hidden_TD: torch.Tensor, sequence: TokenSequence) -> torch.Tensor:
+        """Where the states lie: of exact labels, few have to come to the head's device."""
         # The state after token p - 1 predicts token p.
         positions_N = torch.tensor(sequence.label_positions, dtype=torch.long, device=hidden_TD.device)
-        return hidden_TD[positions_N - 1].to(device=self.weight_VD.device, dtype=self.weight_VD.dtype)
+        return hidden_TD[positions_N - 1].to(self.weight_VD.dtype)
 
     def _checks(self, work: Sequence[tuple[torch.Tensor, TokenSequence]]) -> list[Array]:
         """Float32 [P] for each: log-probabilities of the tokens that come with exact labels.
@@ -110,7 +111,7 @@ class TorchHead:
         rows, tokens = [], []
         for hidden_ND, sequence in work:
             checked_P = checked_positions(len(hidden_ND), "exact")
-            rows.append(hidden_ND[torch.from_numpy(checked_P).to(hidden_ND.device)])
+            rows.append(hidden_ND[torch.from_numpy(checked_P).to(hidden_ND.device)].to(self.weight_VD.device))
             tokens.append(_label_tokens(sequence)[checked_P])
         tokens_R = torch.from_numpy(np.concatenate(tokens)).to(self.weight_VD.device)
         chunk = self._chunk_rows()

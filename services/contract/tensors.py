@@ -24,7 +24,7 @@ _TENSOR_TYPES = {dtype: number for number, dtype in _DTYPES.items()}
 
 
 def encode_tensor(array: Array) -> pb.Tensor:
-    """Arrays of one or two dimensions whose type has a wire type."""
+    """The wire form of an array of one or two dimensions, whose type has a wire type."""
     message = pb.Tensor()
     fill_tensor(message, array)
     return message
@@ -39,7 +39,7 @@ def fill_tensor(message: pb.Tensor, array: Array) -> None:
 
 def decode_tensor(message: pb.Tensor) -> Array:
     """A read-only view of the message's bytes; LabelMismatchError when size and shape disagree, or the
-    dimensions are not 1 to _MOST_DIMENSIONS.
+    dimensions are not one or two.
     """
     dtype = tensor_dtype(message.dtype)
     # An empty array may have a shape that NumPy refuses: 0 times whatever else is 0 bytes.

@@ -18,10 +18,11 @@ def float32_product(hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:
         return hidden_CD @ weight_VD.T
     if weight_VD.is_cuda:
         return torch.mm(hidden_CD, weight_VD.T, out_dtype=torch.float32)
-    product_CV = hidden_CD.new_empty((len(hidden_CD), len(weight_VD)), dtype=torch.float32)
+    hidden_CD = hidden_CD.float()
+    product_CV = hidden_CD.new_empty((len(hidden_CD), len(weight_VD)))
     start = 0
     for block in float32_blocks(weight_VD):
-        product_CV[:, start : start + len(block)] = hidden_CD.float() @ block.T
+        product_CV[:, start : start + len(block)] = hidden_CD @ block.T
         start += len(block)
     return product_CV
 

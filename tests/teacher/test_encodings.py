@@ -13,6 +13,7 @@ from services.contract.lm_head import LmHead
 from services.contract.reference_labels import label_uniforms, projected_labels, sampled_labels
 from services.contract.sequences import LabelOptions, TokenSequence
 from services.contract.soft_labels import ProjectedLabels, SampledLabels, ScoredSequence, hash_sequence
+from services.models import head_product
 from student_trainer.alignment import check_scored, verify_token_logprobs
 from student_trainer.student_head import StudentHead
 from student_trainer.teacher_client import TeacherClient
@@ -99,8 +100,14 @@ def test_engines_draw_from_one_stream(tiny_model: Path, sequences: list[TokenSeq
 @pytest.mark.parametrize("name", ["llama-padded", "phi-bias", "gemma2-soft-cap"])
 @pytest.mark.parametrize("label_dtype", ["auto", "float32"])
 def test_projected_labels_are_the_mean_of_the_students_rows(
-    name: str, label_dtype: str, model_of: Callable[[str], Path], sequences: list[TokenSequence]
+    name: str,
+    label_dtype: str,
+    model_of: Callable[[str], Path],
+    sequences: list[TokenSequence],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # So small that the head is several blocks, the last of them shorter.
+    monkeypatch.setattr(head_product, "_BLOCK_ELEMENTS", 1_000)
     model = model_of(name)
     options = TeacherOptions(model=str(model), engine="transformers", port=0, label_dtype=label_dtype)
     with running_teacher(options) as address, TeacherClient(address) as client:

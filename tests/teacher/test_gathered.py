@@ -96,15 +96,33 @@ async def test_whoever_gave_up_while_waiting_costs_nothing(executor: ThreadPoolE
 
 
 @run_async
+async def test_what_was_given_up_is_not_tried_again(executor: ThreadPoolExecutor) -> None:
+    squares = Squares()
+    squares.may_go.clear()
+    gathered = Gathered(squares, executor=executor, most=4)
+    given_up, failing, patient = (asyncio.create_task(gathered(number)) for number in (2, -1, 3))
+    await asyncio.to_thread(squares.begun.wait, 30)
+    given_up.cancel()
+    await asyncio.gather(given_up, return_exceptions=True)
+    squares.may_go.set()
+    assert await patient == 9
+    with pytest.raises(ValueError, match="negative"):
+        await failing
+    assert squares.batches == [[2, -1, 3], [-1], [3]]
+
+
+@run_async
 async def test_nobody_waits_for_an_executor_that_closed() -> None:
     squares = Squares()
     squares.may_go.clear()
     executor = ThreadPoolExecutor(1)
     blocker = executor.submit(squares, [0])
+    await asyncio.to_thread(squares.begun.wait, 30)
     gathered = Gathered(squares, executor=executor, most=4)
     waiting = asyncio.create_task(gathered(1))
-    while not executor._work_queue.qsize():
-        await asyncio.sleep(0)
+    async with asyncio.timeout(30):
+        while not executor._work_queue.qsize():
+            await asyncio.sleep(0)
     executor.shutdown(wait=False, cancel_futures=True)
     squares.may_go.set()
     with pytest.raises(asyncio.CancelledError):

@@ -117,6 +117,30 @@ def test_nan_is_no_agreement() -> None:
         batch.check(states=states)
 
 
+def test_mixed_precision_around_it_rounds_nothing() -> None:
+    """As within a model's forward pass; the tolerance of float32 labels leaves no room for 16 bits."""
+    batch = Batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        batch.check()
+
+
+def test_a_token_that_cannot_come_is_no_mismatch_and_hides_none() -> None:
+    batch = Batch()
+    token = batch.sequences[0].token_ids[3]
+    batch.bias_V[token] = -np.inf
+    for scored, sequence in zip(batch.scored, batch.sequences, strict=True):
+        told = checked_positions(len(sequence.label_positions), "exact")
+        with np.errstate(over="ignore"):
+            exact_N = batch.logprobs(scored.labels.hidden_ND.astype(np.float64), sequence)
+        scored.token_logprobs_P[:] = exact_N[told]
+    assert np.isneginf(batch.scored[0].token_logprobs_P[0])
+    batch.check()
+    states = [scored.labels.hidden_ND for scored in batch.scored]
+    states[0] = np.concatenate([states[0][:1], np.roll(states[0][1:], 1, axis=0)])
+    with pytest.raises(LabelMismatchError, match="'sequence 0'"):
+        batch.check(states=states)
+
+
 def test_no_labelled_position_is_no_mismatch() -> None:
     nothing = TokenSequence(id="none", token_ids=[1, 2], label_positions=[])
     scored = ScoredSequence(
