@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from services.contract.errors import MissingExtraError, SpecError, UnsupportedError
 from services.contract.spec import RunSpec
+from student_trainer.deepspeed_config import load_deepspeed_config
 
 MATMUL_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -19,15 +20,18 @@ MOST_POINTS = 1000
 
 
 def training_arguments(spec: RunSpec, checkpoints: Path, *, steps: int) -> TrainingArguments:
-    """``steps``: what ``optimizer_steps`` says. UnsupportedError for fp16 without a GPU, MissingExtraError for a
-    tracker that is not installed.
+    """``steps``: what ``optimizer_steps`` says. SpecError for weights that cannot be shared as asked, UnsupportedError
+    for fp16 without a GPU, MissingExtraError for a tracker or DeepSpeed that is not installed.
     """
     training = spec.training
     if training.precision == "fp16" and training_device().type != "cuda":
         raise UnsupportedError("precision fp16 needs a GPU", fix="Set training.precision to fp32 or bf16.")
     micro_batch_size = micro_batch(spec)
-    if training.fsdp and processes().num_processes == 1:
-        raise SpecError("fsdp shares a model among several processes, and there is one", fix="Set training.processes.")
+    for sharding in ("fsdp", "deepspeed"):
+        if getattr(training, sharding) and processes().num_processes == 1:
+            raise SpecError(
+                f"{sharding} shares a model among several processes, and there is one", fix="Set training.processes."
+            )
     if training.deepspeed and importlib.util.find_spec("deepspeed") is None:
         raise MissingExtraError(
             "training.deepspeed needs DeepSpeed, which is not installed", fix="pip install deepspeed"
@@ -40,6 +44,7 @@ def training_arguments(spec: RunSpec, checkpoints: Path, *, steps: int) -> Train
                 f"training.report_to names {tracker}, which is not installed",
                 fix=f"Run pip install {tracker}, or leave it out; the dashboard shows the same curves.",
             )
+    accumulated = spec.batch_size // (micro_batch_size * processes().num_processes)
     # The library would write beside the checkpoints, which go when the run has ended.
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(checkpoints.parent / "tensorboard")
     return TrainingArguments(
@@ -48,7 +53,7 @@ def training_arguments(spec: RunSpec, checkpoints: Path, *, steps: int) -> Train
         data_seed=spec.seed,
         num_train_epochs=training.epochs,
         per_device_train_batch_size=micro_batch_size,
-        gradient_accumulation_steps=spec.batch_size // (micro_batch_size * processes().num_processes),
+        gradient_accumulation_steps=accumulated,
         learning_rate=spec.learning_rate,
         lr_scheduler_type=training.lr_scheduler,
         warmup_steps=math.ceil(steps * training.warmup_ratio),
@@ -60,7 +65,16 @@ def training_arguments(spec: RunSpec, checkpoints: Path, *, steps: int) -> Train
         gradient_checkpointing=training.gradient_checkpointing,
         fsdp=training.fsdp or None,  # type: ignore[arg-type]  # transformers says str, and means bool
         fsdp_config={"version": 2, "reshard_after_forward": True} if training.fsdp else None,
-        deepspeed=training.deepspeed,
+        deepspeed=training.deepspeed
+        and load_deepspeed_config(
+            training.deepspeed,
+            of_the_run={
+                "train_batch_size": spec.batch_size,
+                "train_micro_batch_size_per_gpu": micro_batch_size,
+                "gradient_accumulation_steps": accumulated,
+                "gradient_clipping": training.max_grad_norm,
+            },
+        ),
         save_strategy="steps",
         save_steps=training.checkpoint_steps,
         # RunDirectory drops old checkpoints, once the newest is marked whole.

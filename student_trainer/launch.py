@@ -1,5 +1,6 @@
 """A run of several processes: this program started once per process by torchrun, under one that waits for them."""
 
+import atexit
 import json
 import os
 import signal
@@ -25,19 +26,16 @@ AGENT_PID = "SMOOTHKD_RANK_PARENT"
 def in_processes(work: Callable[[], None], *, command: Sequence[str], processes: int) -> None:
     """Do ``work`` here, or have ``python -m COMMAND``, which leads here again, do it in so many processes together.
 
-    In a process that a launcher has started as one of several it is done here. When one process fails the others are
-    stopped, and its error is raised here. SIGTERM and Ctrl-C reach all of them, which then save a checkpoint; they end
-    when this process does, however it does.
+    In a process that a launcher has started as one of several it is done here; one that this launched then ends. When
+    one process fails the others are stopped, and its error is raised here. SIGTERM and Ctrl-C reach all of them, which
+    then save a checkpoint; they end when this process does, however it does.
     """
     if REPORT_FILE in os.environ:
         # By its number, for it may have ended while this process was loading.
         die_with_parent(int(os.environ[AGENT_PID]))
         _report_failure(work)
-        _leave_group()
-    elif "RANK" in os.environ:
-        work()
-        _leave_group()
-    elif processes == 1:
+        _end()
+    elif processes == 1 or "RANK" in os.environ:
         work()
     else:
         _launch(command, processes=processes)
@@ -57,12 +55,19 @@ def _report_failure(work: Callable[[], None]) -> None:
         raise
 
 
-def _leave_group() -> None:
-    """A process that ends without may abort, for torch's threads still serve the group; that would stop the others."""
+def _end() -> None:
+    """End this process without taking the interpreter down around gloo's threads.
+
+    Those that still let go of a tensor then would abort the process, and its launcher would stop the others.
+    """
     from torch import distributed
 
     if distributed.is_initialized():
         distributed.destroy_process_group()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _launch(command: Sequence[str], *, processes: int) -> None:

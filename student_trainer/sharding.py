@@ -1,4 +1,4 @@
-"""Weights that the processes of a run share: FSDP2 through accelerate, or DeepSpeed's ZeRO."""
+"""Weights that the processes of a run share by FSDP2, through accelerate."""
 
 from collections import defaultdict
 
@@ -22,11 +22,6 @@ def prepare_sharding(
     if arguments.fsdp_plugin_args is not None:
         _require_separate_weights(model)
         _prepare_fsdp(arguments.fsdp_plugin_args, matmul_dtype=matmul_dtype)
-    if arguments.deepspeed is not None:
-        zero = arguments.hf_deepspeed_config.config.get("zero_optimization", {})
-        if zero.get("stage") == 3:
-            # Otherwise there would be no final model, which would show only in the end.
-            zero["stage3_gather_16bit_weights_on_model_save"] = True
 
 
 def _prepare_fsdp(plugin_arguments: dict[str, object], *, matmul_dtype: torch.dtype) -> None:

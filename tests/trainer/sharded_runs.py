@@ -1,4 +1,4 @@
-"""Runs of one process among several, one after the other: started by torchrun with the directories that hold them.
+"""Runs of two processes that share weights, one after the other: started with the directories that hold them.
 
 Each directory has a ``spec.yaml``; the run goes to ``run`` beside it, and what was measured of it to ``measured.json``.
 """
@@ -29,7 +29,8 @@ def main(directories: list[str]) -> None:
         return publishing(trainer)
 
     DistillationTrainer.whole_weights = whole_weights  # type: ignore[method-assign]
-    in_processes(partial(run_all, directories), command=[], processes=2)
+    command = ["tests.trainer.sharded_runs", *directories]
+    in_processes(partial(run_all, directories), command=command, processes=2)
 
 
 def run_all(directories: list[str]) -> None:

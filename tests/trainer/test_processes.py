@@ -114,11 +114,12 @@ def test_the_loss_is_right_with_weights_that_processes_share() -> None:
     assert done.stdout.count("the same gradients") == 2
 
 
-def test_sharing_weights_without_gpus_or_processes_is_refused(
-    make_run: Callable[..., RunSpec], settings: Settings, tmp_path: Path
+@pytest.mark.parametrize("sharding", [{"fsdp": True}, {"deepspeed": "zero.json"}])
+def test_one_process_has_no_other_to_share_weights_with(
+    sharding: dict, make_run: Callable[..., RunSpec], settings: Settings, tmp_path: Path
 ) -> None:
     with pytest.raises(SpecError, match="among several processes"):
-        train(make_run(training={"fsdp": True}), out=tmp_path / "run", settings=settings)
+        train(make_run(training=sharding), out=tmp_path / "run", settings=settings)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Runs whose processes share a model's weights (FSDP2), on the CPU: against runs of one process that has them all."""
+"""Runs whose processes share a model's weights, on the CPU: against runs of one process that has them all."""
 
 import json
 import os
@@ -15,17 +15,17 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, TrainingArguments
 
-from services.contract.errors import UnsupportedError
+from services.contract.errors import SpecError, UnsupportedError
 from services.contract.records import MetricPoint
 from services.contract.settings import Settings
 from services.contract.spec import RunSpec
+from student_trainer.deepspeed_config import load_deepspeed_config
 from student_trainer.sharding import prepare_sharding
 from student_trainer.train import train
 from tests.trainer.encoder_decoders import make_encoder_decoder
 from tests.trainer.runs import assert_same_bits, weights
 
 REPOSITORY = Path(__file__).parents[2]
-COMMAND = [sys.executable, "-m", "services.cli.main", "train"]
 UNLIKE = ("tokens_per_second", "label_", "peak_memory", "epoch")
 """Metrics that two runs of the same steps need not share."""
 
@@ -70,7 +70,7 @@ def test_processes_that_share_weights_train_what_one_does(
         ),
         "bf16": make_run(**eight, training={"precision": "bf16", "epochs": 1}),
     }
-    together = train_together(cases, tmp_path / "together", settings=settings)
+    together = train_together(cases, tmp_path / "together", settings=settings, sharding={"fsdp": True})
     measured = {name: json.loads((together / name / "measured.json").read_text()) for name in cases}
     assert measured["fine-tuned"]["share"] < 0.51
     assert measured["bf16"]["reduced_in"] == "torch.float32"
@@ -85,12 +85,77 @@ def test_processes_that_share_weights_train_what_one_does(
     model = AutoModelForCausalLM.from_pretrained(together / "distilled" / "run" / "model")
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
-    run_file = write_spec(tmp_path / "run.yaml", cases["distilled"])
-    command = [*COMMAND, str(run_file), "--out", str(tmp_path / "killed")]
-    kill_at_a_checkpoint(command, tmp_path / "killed", settings=settings)
-    done = subprocess.run(command, env=environment(settings), capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr
-    assert_same_bits(tmp_path / "killed" / "model", together / "distilled" / "run" / "model")
+    killed = train_killed(together / "distilled" / "spec.yaml", tmp_path / "killed", settings=settings)
+    assert_same_bits(killed, together / "distilled" / "run" / "model")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_trains_what_one_process_does(
+    stage: int,
+    make_run: Callable[..., RunSpec],
+    settings: Settings,
+    mock_address: str,
+    records_file: Path,
+    student_model: Path,
+    tied_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With a configuration that leaves batches and clipping to the run; stage 3 shares the weights themselves."""
+    pytest.importorskip("deepspeed", reason="pip install deepspeed")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    settings = settings.model_copy(update={"teacher_address": mock_address})
+    config = tmp_path / "deepspeed.json"
+    config.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    taught = {
+        "dataset": {"path": str(records_file), "limit": 8},
+        "teacher": {"model": str(student_model)},
+        "alpha": 1.0,
+    }
+    cases = {
+        "distilled": make_run(
+            **taught,
+            student={"model": str(tied_model)},
+            training={"held_out": 2, "max_grad_norm": 0.05, "checkpoint_steps": 2, "epochs": 3},
+        ),
+        "adapters": make_run(**taught, student={"model": str(student_model), "lora": {"rank": 4, "alpha": 8}}),
+    }
+    sharding = {"deepspeed": str(config)}
+    together = train_together(cases, tmp_path / "together", settings=settings, sharding=sharding)
+    for name, spec in cases.items():
+        alone = train(spec, out=tmp_path / "alone" / name, settings=settings)
+        assert_close(together / name / "run" / "model", alone, name)
+    killed = train_killed(together / "distilled" / "spec.yaml", tmp_path / "killed", settings=settings)
+    assert_same_bits(killed, together / "distilled" / "run" / "model")
+
+
+def test_a_deepspeed_configuration_takes_what_it_leaves_out_from_the_run(tmp_path: Path) -> None:
+    path = tmp_path / "deepspeed.json"
+    path.write_text('{"zero_optimization": {"stage": 3}, "gradient_clipping": 0.5, "wall_clock_breakdown": true}')
+    assert load_deepspeed_config(str(path), of_the_run={"gradient_clipping": 0.5, "train_batch_size": 8}) == {
+        "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True},
+        "gradient_clipping": 0.5,
+        "wall_clock_breakdown": True,
+        "train_batch_size": "auto",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot be read"),
+        ("{stage: 3}", "cannot be read"),
+        ("[3]", "holds no JSON object"),
+        ('{"gradient_clipping": 0.5}', "sets gradient_clipping to 0.5, and for this run it is 1"),
+    ],
+)
+def test_a_deepspeed_configuration_of_another_run_is_refused(text: str | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "deepspeed.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SpecError, match=message):
+        load_deepspeed_config(str(path), of_the_run={"gradient_clipping": 1.0})
 
 
 def test_layers_that_share_weights_in_ways_of_their_own_are_refused(
@@ -105,30 +170,33 @@ def test_layers_that_share_weights_in_ways_of_their_own_are_refused(
     prepare_sharding(arguments, model=AutoModelForCausalLM.from_pretrained(student_model), matmul_dtype=torch.float32)
 
 
-def train_together(cases: dict[str, RunSpec], directory: Path, *, settings: Settings) -> Path:
+def train_together(
+    cases: dict[str, RunSpec], directory: Path, *, settings: Settings, sharding: dict[str, object]
+) -> Path:
     """Each case in ``directory/NAME/run``, by the same two processes."""
     for name, spec in cases.items():
-        write_spec(directory / name / "spec.yaml", spec)
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-            *("-m", "tests.trainer.sharded_runs", *(str(directory / name) for name in cases)),
-        ],
-        env=environment(settings),
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=250,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+        document = spec.model_dump(mode="json")
+        training = document["training"] | {"processes": 2} | sharding
+        (directory / name).mkdir(parents=True)
+        (directory / name / "spec.yaml").write_text(yaml.safe_dump(document | {"training": training}))
+    command = [sys.executable, "-m", "tests.trainer.sharded_runs", *(str(directory / name) for name in cases)]
+    run(command, settings=settings)
     return directory
 
 
-def write_spec(path: Path, spec: RunSpec) -> Path:
-    document = spec.model_dump(mode="json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(document | {"training": document["training"] | {"processes": 2, "fsdp": True}}))
-    return path
+def train_killed(spec: Path, out: Path, *, settings: Settings) -> Path:
+    """The model of ``smoothkd train``, which SIGKILL met once a checkpoint was whole, started again."""
+    command = [sys.executable, "-m", "services.cli.main", "train", str(spec), "--out", str(out)]
+    kill_at_a_checkpoint(command, out, settings=settings)
+    run(command, settings=settings)
+    return out / "model"
+
+
+def run(command: list[str], *, settings: Settings) -> None:
+    done = subprocess.run(
+        command, env=environment(settings), cwd=REPOSITORY, capture_output=True, text=True, timeout=250
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def environment(settings: Settings) -> dict[str, str]:
@@ -150,7 +218,7 @@ def assert_close(left: Path, right: Path, name: str) -> None:
 def kill_at_a_checkpoint(command: list[str], out: Path, *, settings: Settings) -> None:
     """SIGKILL of who waits for the processes, which end with it, once a checkpoint is whole and the run is not."""
     with out.with_suffix(".log").open("wb") as log:
-        process = subprocess.Popen(command, env=environment(settings), stdout=log, stderr=log)
+        process = subprocess.Popen(command, env=environment(settings), cwd=REPOSITORY, stdout=log, stderr=log)
     deadline = time.monotonic() + 180
     while not list(out.glob("checkpoints/checkpoint-*/whole.json")):
         assert process.poll() is None, out.with_suffix(".log").read_text()
