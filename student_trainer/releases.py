@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from services.contract.errors import HandshakeError, LabelMismatchError
-from services.contract.release import LABEL_FORMAT, release
+from services.contract.release import LABEL_FORMAT, UNKNOWN_RELEASE, release
 from services.contract.teacher.v1 import teacher_service_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ def require_readable_labels(teacher: pb.GetTeacherResponse) -> None:
     update = (
         f"Start the teacher with smoothkd {release()}"
         if told < LABEL_FORMAT
-        else f"Install smoothkd {teacher.release} for the student, its workers and the API"
+        else f"Install smoothkd {_wanted(teacher.release)} for the student, its workers and the API"
     )
     raise HandshakeError(
         f"teacher and student run releases of smoothkd that cannot work together: the teacher {teacher.model} runs "
@@ -57,3 +57,8 @@ def blaming_releases(teacher_release: str) -> Iterator[None]:
 
 def _named(teacher_release: str) -> str:
     return teacher_release or "(a release too old to say which)"
+
+
+def _wanted(teacher_release: str) -> str:
+    # A teacher that runs from a checkout does not know its own.
+    return "in the teacher's release" if teacher_release in ("", UNKNOWN_RELEASE) else teacher_release

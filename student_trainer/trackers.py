@@ -9,6 +9,7 @@ import os
 import secrets
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
@@ -22,6 +23,7 @@ from services.contract.errors import CancelledError, TrainingError
 from services.contract.records import MetricPoint
 from services.contract.spec import RunSpec
 from student_trainer.arguments import processes
+from student_trainer.run_directory import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +32,9 @@ PROJECT = "smoothkd"
 
 ID_FILE = "tracked-as"
 """Inside a run's directory: what its trackers know it by, so that a resumed run goes on in the same record."""
+
+FLUSH_SECONDS = 60
+"""How long the end of a run waits for MLflow's server to take its last points; the model is there by then."""
 
 Outcome = Literal["succeeded", "failed", "cancelled"]
 
@@ -93,7 +98,7 @@ class Trackers:
     def _run_id(self) -> str:
         path = self._directory / ID_FILE
         if not path.exists():
-            path.write_text(secrets.token_hex(4), encoding="utf-8")
+            write_whole(path, secrets.token_hex(4))
         return path.read_text(encoding="utf-8").strip()
 
 
@@ -145,6 +150,7 @@ class _Mlflow:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         # A server that is not there is told after seconds instead of minutes.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         from mlflow import MlflowClient
         from mlflow.entities import Metric
 
@@ -162,20 +168,40 @@ class _Mlflow:
 
     def end(self, outcome: Outcome, why: str) -> None:
         try:
-            for operation in self._under_way:
-                operation.wait()
             if why:
                 self._client.set_tag(self._run_id, "problem", why)
+            self._flush()
         finally:
             status = {"succeeded": "FINISHED", "failed": "FAILED", "cancelled": "KILLED"}[outcome]
             self._client.set_terminated(self._run_id, status)
 
+    def _flush(self) -> None:
+        """TimeoutError where the server has not taken all points after FLUSH_SECONDS; what it refused is raised."""
+        problems: list[Exception] = []
+
+        def wait() -> None:
+            try:
+                for operation in self._under_way:
+                    operation.wait()
+            except Exception as error:  # noqa: BLE001 - raised below
+                problems.append(error)
+
+        waiting = threading.Thread(target=wait, name="mlflow-flush", daemon=True)
+        waiting.start()
+        waiting.join(FLUSH_SECONDS)
+        if waiting.is_alive():
+            raise TimeoutError(f"its server has not taken the last points within {FLUSH_SECONDS} s")
+        if problems:
+            raise problems[0]
+
     def _begin(self, spec: RunSpec, run_id: str) -> str:
         """The run's id in MLflow: of the one that goes on, else of a new one."""
-        from mlflow.entities import Param
+        from mlflow.entities import LifecycleStage, Param
 
         project = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
         known = self._client.get_experiment_by_name(project)
+        if known and known.lifecycle_stage == LifecycleStage.DELETED:
+            raise ValueError(f"its experiment {project} has been deleted; restore it, or set MLFLOW_EXPERIMENT_NAME")
         experiment = known.experiment_id if known else self._client.create_experiment(project)
         tag = "smoothkd.run"
         found = self._client.search_runs([experiment], f"tags.`{tag}` = '{run_id}'", max_results=1)

@@ -4,9 +4,11 @@ import importlib.util
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -53,7 +55,7 @@ def tracker(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     monkeypatch.setenv("TRACKIO_PROJECT", tmp_path.name)
     # Set and taken away again, so that what the run sets goes with the test.
-    for variable in ("MLFLOW_DISABLE_TELEMETRY", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"):
+    for variable in ("MLFLOW_DISABLE_TELEMETRY", "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
         monkeypatch.setenv(variable, "")
         monkeypatch.delenv(variable)
     yield name
@@ -130,6 +132,48 @@ def test_a_tracker_that_cannot_begin_is_told_before_training(
         train(run, out=tmp_path / "run", settings=settings, on_metrics=points.extend)
     assert "MLFLOW_TRACKING_URI" in caught.value.fix
     assert not points
+
+
+@pytest.mark.parametrize("tracker", ["mlflow"], indirect=True)
+def test_an_experiment_that_was_deleted_is_told(
+    tracker: str, make_run: MakeRun, settings: Settings, tmp_path: Path
+) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    client.delete_experiment(client.create_experiment("smoothkd"))
+    with pytest.raises(TrainingError, match="smoothkd has been deleted; restore it, or set MLFLOW_EXPERIMENT_NAME"):
+        train(make_run(training={"report_to": [tracker]}), out=tmp_path / "run", settings=settings)
+
+
+@pytest.mark.parametrize("tracker", ["mlflow"], indirect=True)
+def test_a_server_that_takes_nothing_does_not_hold_the_end(
+    tracker: str,
+    read: Callable[[], list[Record]],
+    make_run: MakeRun,
+    settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from mlflow import MlflowClient
+
+    class Endless:
+        def wait(self) -> None:
+            threading.Event().wait()
+
+    plain = MlflowClient.log_batch
+
+    def log_batch(self: MlflowClient, run_id: str, **what: Any) -> Any:
+        return Endless() if "metrics" in what else plain(self, run_id, **what)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", log_batch)
+    monkeypatch.setattr(trackers, "FLUSH_SECONDS", 0.2)
+    out = train(make_run(training={"report_to": [tracker]}), out=tmp_path / "run", settings=settings)
+    assert (out / "model.safetensors").exists()
+    assert "TimeoutError: its server has not taken the last points within 0.2 s" in caplog.text
+    (record,) = read()
+    assert record.outcome == "FINISHED"
 
 
 def test_a_tracker_that_breaks_does_not_stop_the_run(
