@@ -84,9 +84,9 @@ def rank_items(
 
     ``runs`` come from ``compared_runs``; ``generations`` gives each one's answers by run id. They are read once
     and not kept, so a benchmark may be larger than memory. The difference is how much better that distilled student
-    is than SFT which said anything and differs most from it, the worse one of two that differ alike: by the
-    unsupported share of the words, or by a per-item metric of 100 points, whose items without a value on either side
-    are left out. Differences of equal width stand in order of benchmark and item.
+    is than SFT which differs most from it, the worse one of two that differ alike: by the unsupported share of the
+    words, or by a per-item metric of 100 points. Items without a value on either side are left out, and so are empty
+    outputs by the share of their words. Differences of equal width stand in order of benchmark and item.
     """
     sign = 1.0 if metric != UNSUPPORTED and higher_is_better else -1.0
     baseline: dict[tuple[str, str], float] = {}
@@ -100,14 +100,12 @@ def rank_items(
             if run.method == BASELINE:
                 baseline[item] = sign * share
             else:
-                shares = distilled.setdefault(item, [])
-                # An empty output has nothing unsupported in it, and is no better for that.
-                shares += [sign * share] if answer.output.strip() else []
+                distilled.setdefault(item, []).append(sign * share)
     found = []
     for item, share in baseline.items():
         if item in distilled:
             gains = [theirs - share for theirs in distilled[item]]
-            widest = min(gains, key=lambda gain: (-abs(gain), gain), default=0.0)
+            widest = min(gains, key=lambda gain: (-abs(gain), gain))
             found.append(RankedItem(-abs(widest), *item, widest))
     return sorted(found)
 
@@ -192,8 +190,9 @@ def _share(answer: Generation, metric: str) -> float | None:
     if metric != UNSUPPORTED:
         value = answer.scores.get(metric)
         return None if value is None else value / 100
-    # Chosen answers carry no spans: nothing in them could be unsupported.
-    return None if answer.benchmark in MULTIPLE_CHOICE else unsupported_share(answer)
+    # Chosen answers carry no spans, and an empty output no words: nothing in them could be unsupported.
+    nothing = answer.benchmark in MULTIPLE_CHOICE or not answer.output.strip()
+    return None if nothing else unsupported_share(answer)
 
 
 def _case_study(

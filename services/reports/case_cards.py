@@ -9,10 +9,9 @@ from services.contract.records import CaseOutput, CaseStudy
 from services.reports.detectors import agreement_text, marked_by_first
 from services.reports.marked_text import count_outside, marked_html
 
-UNSUPPORTED = "unsupported_words"
 STYLE = Path(__file__).with_name("cards.css")
-UNLIKE = "the KD output that differs most against SFT's"
-"""Whose difference a study shows."""
+UNSUPPORTED = "unsupported_words"
+"""What studies are found by unless a metric is named."""
 
 
 def article_html(study: CaseStudy) -> str:
@@ -54,22 +53,29 @@ def study_html(study: CaseStudy, *, number: int, settings: Mapping[str, str], co
 
 
 def difference_html(study: CaseStudy) -> str:
-    """How much better than SFT the KD student is that differs most, by the metric that the study was found by."""
+    """What ``difference_text`` says, coloured by whose favour it is in."""
+    tone = {1: "sk-difference sk-better", 0: "sk-difference", -1: "sk-difference sk-worse"}[_favour(study)]
+    return f'<span class="{tone}">{escape(difference_text(study))}</span>'
+
+
+def difference_text(study: CaseStudy) -> str:
+    """How the KD output that differs most compares with SFT's, by the metric that the study was found by."""
+    title, points = metric_title(study.metric), abs(100 * study.difference)
+    favour = _favour(study)
+    if not favour:
+        return f"{title}: no KD output differs from SFT's"
+    if study.metric == UNSUPPORTED:
+        how = f"{points:.0f} points {'fewer' if favour > 0 else 'more'}"
+    else:
+        how = f"{points:.1f} points {'better' if favour > 0 else 'worse'}"
+    return f"{title}: {how} than SFT's in the KD output that differs most"
+
+
+def _favour(study: CaseStudy) -> int:
+    """1 for KD, -1 for SFT, 0 for neither: what would be shown as no points is no difference."""
     points = 100 * study.difference
-    if study.metric != UNSUPPORTED:
-        tone = "sk-better" if points > 0 else "sk-worse"
-        better = "better" if points > 0 else "worse" if points < 0 else "apart"
-        return (
-            f'<span class="sk-difference {tone}">{escape(metric_title(study.metric))}: '
-            f"<strong>{abs(points):.1f} points {better}</strong>, {UNLIKE}</span>"
-        )
-    if abs(points) < 0.5:
-        return '<span class="sk-difference">The outputs of SFT and KD are equally well supported</span>'
-    fewer, tone = ("fewer", "sk-better") if points > 0 else ("more", "sk-worse")
-    return (
-        f'<span class="sk-difference {tone}">Unsupported words: <strong>{abs(points):.0f} points {fewer}</strong>, '
-        f"{UNLIKE}</span>"
-    )
+    least = 0.5 if study.metric == UNSUPPORTED else 0.05
+    return 0 if abs(points) < least else 1 if points > 0 else -1
 
 
 def study_title(study: CaseStudy, *, number: int) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from services.contract.metric_words import metric_title
 from services.contract.records import CaseOutput, CaseStudy, RunRecord
+from services.reports.case_cards import difference_text
 from services.reports.colours import method_colours
 from services.reports.detectors import agreement_text, marked_by_first
 from services.reports.marked_text import segments
@@ -29,12 +30,10 @@ def export_studies(studies: Sequence[CaseStudy], runs: Sequence[RunRecord], *, t
 
 
 def _markdown(study: CaseStudy) -> list[str]:
-    points = 100 * study.difference
     lines = [
         f"## {_inline(study.benchmark)}, {_inline(study.item_id)}",
         "",
-        f"{metric_title(study.metric)}: the KD output that differs most is {abs(points):.1f} points "
-        f"{'better' if points >= 0 else 'worse'} than SFT's.",
+        f"{difference_text(study)}.",
         "",
         *([_escape(alike), ""] if (alike := agreement_text(study)) else []),
         "Source:",

@@ -1,8 +1,10 @@
-"""Paired bootstrap: how sure a mean difference is, given that both sides answered the same items.
+"""How sure a mean difference is, given that both sides answered the same items: an interval by the paired bootstrap,
+and the chance of such a difference by a sign-flip test.
 
-Legend of shapes: N items, K comparisons, B resamples.
+Legend of shapes: N items, D of them that differ, K comparisons, B resamples or patterns of signs.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,7 +14,10 @@ from numpy.typing import NDArray
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
 ROUNDING = 1e-4
-"""Points by which a metric of equal outputs may differ: models that judge round by what else is in a batch."""
+"""By how much a metric of equal outputs may differ, in its own unit: models that judge round by what else is in a
+batch."""
+EXACT_ITEMS = 13
+"""Up to so many items that differ, all patterns of signs are gone through."""
 COUNTS_AT_ONCE = 4_000_000
 """Numbers in memory at a time; bounds what a large benchmark takes."""
 
@@ -34,14 +39,15 @@ def bootstrap_means(
     """The mean of each column over its items, with the percentile interval of the bootstrap over items.
 
     NaN marks an item that a comparison lacks; a column of nothing else gives None. All columns see the same
-    resamples (Koehn, 2004, "Statistical significance tests for machine translation evaluation"). The p-value is twice
-    the share of resampled means on the far side of 0, never below 1 / (resamples + 1) (Davison and Hinkley, 1997,
-    section 4.2), nor below what D items that differ could show if each had fallen to either side by chance: 2 / 2^D,
-    the least of a sign-flip test. Resamples alone would take one item for proof, for they hold nothing else.
+    resamples (Koehn, 2004, "Statistical significance tests for machine translation evaluation"). The p-value is that
+    of a sign-flip test: the share of patterns of signs, all of them or as many as resamples, under which the mean is
+    as far from 0 as it is (Fisher, 1935; (hits + 1) / (B + 1) for drawn ones). Resamples themselves would be too sure
+    of few items, and take a single one for proof.
     """
     present_NK = ~np.isnan(difference_NK)
     filled_NK = np.where(present_NK, difference_NK, 0.0)
     mean_BK = _resampled_means(filled_NK, present_NK.astype(np.float64), resamples=resamples, seed=seed)
+    p_values = _sign_flip_p_values(filled_NK, patterns=resamples, seed=seed)
     found: list[MeanDifference | None] = []
     for column in range(difference_NK.shape[1]):
         items = int(present_NK[:, column].sum())
@@ -52,14 +58,12 @@ def bootstrap_means(
         # A resample may hold none of a sparse column's items, and then says nothing of it.
         means_B = means_B[~np.isnan(means_B)]
         low, high = np.quantile(means_B, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-        below, above = (1 + int((means_B <= ROUNDING).sum())), (1 + int((means_B >= -ROUNDING).sum()))
-        differing = int((np.abs(filled_NK[:, column]) > ROUNDING).sum())
         found.append(
             MeanDifference(
                 mean=float(filled_NK[:, column].sum() / items),
                 low=float(low),
                 high=float(high),
-                p_value=min(1.0, max(2 * min(below, above) / (len(means_B) + 1), 2.0 ** (1 - differing))),
+                p_value=p_values[column],
                 items=items,
             )
         )
@@ -74,6 +78,27 @@ def adjust_p_values(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
         adjusted[place] = largest
     return adjusted
+
+
+def _sign_flip_p_values(filled_NK: NDArray[np.float64], *, patterns: int, seed: int) -> list[float]:
+    differing_NK = np.where(np.abs(filled_NK) > ROUNDING, filled_NK, 0.0)
+    sum_K = np.abs(differing_NK.sum(axis=0))
+    # Sums of the same numbers in another order differ in their last digits.
+    least_K = sum_K - 1e-9 * (1 + sum_K)
+    items = len(filled_NK)
+    random = np.random.default_rng(seed)
+    at_once = max(1, COUNTS_AT_ONCE // max(items, 1))
+    hits_K = np.zeros(len(sum_K), dtype=np.int64)
+    for start in range(0, patterns, at_once):
+        signs_BN = random.integers(2, size=(min(at_once, patterns - start), items), dtype=np.int8) * 2.0 - 1.0
+        hits_K += (np.abs(signs_BN @ differing_NK) >= least_K).sum(axis=0)
+    found: list[float] = ((hits_K + 1) / (patterns + 1)).tolist()
+    for column, least in enumerate(least_K):
+        differing_D = differing_NK[differing_NK[:, column] != 0, column]
+        if len(differing_D) <= EXACT_ITEMS:
+            signs_BD = np.array(list(itertools.product((-1.0, 1.0), repeat=len(differing_D))))
+            found[column] = float((np.abs(signs_BD @ differing_D) >= least).mean())
+    return found
 
 
 def _resampled_means(

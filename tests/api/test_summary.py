@@ -190,7 +190,9 @@ def test_case_studies_come_widest_difference_first() -> None:
             answer("7", "one two three four", "two"),  # 1/4 - 1 = -3/4 and 1/4 - 0 = 1/4: the wider one
             answer("8", "one two three four", "one", "two"),  # 1/2 - 1 and 1/2 - 0: alike, the worse one
             answer("4", "only SFT", "SFT"),
-            answer("5", "one two", "one"),  # 1/2: the empty KD output is no better for being empty
+            answer("5", "one two", "one"),  # 1/2 - 1/2: the empty KD output is no better for being empty
+            answer("9", ""),  # nor is an empty one of SFT
+            answer("10", "one two", "one", "two"),  # nothing to compare it with
         ],
         low: [
             answer("1", "one two three four"),
@@ -199,6 +201,7 @@ def test_case_studies_come_widest_difference_first() -> None:
             answer("5", ""),
             answer("7", "one", "one"),
             answer("8", "one two three four"),
+            answer("10", " "),
         ],
         high: [
             answer("2", "one two", "one", "two"),
@@ -207,6 +210,7 @@ def test_case_studies_come_widest_difference_first() -> None:
             answer("7", "one"),
             answer("8", "one", "one"),
             answer("6", "only KD"),
+            answer("9", "one two", "one", "two"),
         ],
     }
 
@@ -225,6 +229,17 @@ def test_case_studies_come_widest_difference_first() -> None:
     assert [output.method for output in studies[0].outputs] == ["SFT", "KD alpha=0.1", "KD alpha=1"]
     assert [output.method for output in studies[1].outputs] == ["SFT", "KD alpha=0.1"]
     assert studies[0].outputs[1].spans == generations[low][1].spans
+
+
+def test_an_output_that_collapsed_counts_by_a_metric_that_knows_it() -> None:
+    runs = compared_runs(make_runs())
+    sft, low, high = (run.id for run in runs)
+    scored = {
+        run_id: [answer("1", output).model_copy(update={"scores": {"rouge_l": value}})]
+        for run_id, output, value in ((sft, "one two", 40.0), (low, "", 0.0), (high, "one", 41.0))
+    }
+    (item,) = rank_items(runs, scored.__getitem__, metric="rouge_l")
+    assert item.difference == pytest.approx(-0.4)
 
 
 def test_without_a_baseline_there_is_nothing_to_compare() -> None:

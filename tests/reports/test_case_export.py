@@ -2,6 +2,7 @@
 
 import json
 import re
+from html import escape
 from html.parser import HTMLParser
 
 import pytest
@@ -75,11 +76,32 @@ def test_markdown_renders_to_the_same_text() -> None:
     page.feed(rendered)
     assert not {"script", "img", "a", "code", "table"} & set(page.tags)
     assert page.tags.count("h1") == 1
-    assert "25.0 points better" in page.text
+    assert "Unsupported words: 25 points fewer than SFT's in the KD output that differs most." in page.text
     quoted = re.sub(r"\s+", " ", page.text)
     assert quoted.count(re.sub(r"\s+", " ", HOSTILE)) == 4
     assert page.tags.count("strong") == 2
     assert "“\\</div\\>”: not in the source" in text
+
+
+@pytest.mark.parametrize(
+    ("metric", "difference", "words", "tone"),
+    [
+        ("rouge_l", 0.254, "ROUGE-L: 25.4 points better than SFT's", "sk-better"),
+        ("rouge_l", -0.254, "ROUGE-L: 25.4 points worse than SFT's", "sk-worse"),
+        ("rouge_l", -3e-7, "ROUGE-L: no KD output differs from SFT's", None),
+        ("unsupported_words", -0.1, "Unsupported words: 10 points more than SFT's", "sk-worse"),
+        ("unsupported_words", 0.1, "Unsupported words: 10 points fewer than SFT's", "sk-better"),
+        ("unsupported_words", 0.001, "Unsupported words: no KD output differs from SFT's", None),
+    ],
+)
+def test_every_form_says_whose_favour_a_difference_is_in(
+    metric: str, difference: float, words: str, tone: str | None
+) -> None:
+    found = study().model_copy(update={"metric": metric, "difference": difference})
+    assert words in export_studies([found], make_runs(), title="t", form="md")
+    page = export_studies([found], make_runs(), title="t", form="html")
+    (opening,) = re.findall(rf'<span class="([^"]*)">{re.escape(escape(words))}', page)
+    assert opening.split() == ["sk-difference", *([tone] if tone else [])]
 
 
 def test_neighbouring_spans_are_one_bold_piece() -> None:
