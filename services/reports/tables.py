@@ -118,8 +118,9 @@ def table_note(report: Report) -> str:
 def difference_note(report: Report) -> str:
     """What the differences, intervals and p-values are."""
     return (
-        "Mean over items of method minus SFT, runs paired by learning rate, batch size and seed. Intervals and "
-        f"p-values by paired bootstrap over items ({report.resamples:,} resamples); p adjusted for all of them (Holm)."
+        "Mean over items of method minus SFT, runs paired by learning rate, batch size and seed. Intervals by "
+        f"paired bootstrap over items ({report.resamples:,} resamples), p-values by sign-flip test; p adjusted for all of "
+        "them (Holm)."
     )
 
 
