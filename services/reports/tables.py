@@ -119,8 +119,8 @@ def difference_note(report: Report) -> str:
     """What the differences, intervals and p-values are."""
     return (
         "Mean over items of method minus SFT, runs paired by learning rate, batch size and seed. Intervals by "
-        f"paired bootstrap over items ({report.resamples:,} resamples), p-values by sign-flip test; p adjusted for all of "
-        "them (Holm)."
+        f"paired bootstrap over items ({report.resamples:,} resamples), p-values by sign-flip test; p adjusted for all "
+        "of them (Holm)."
     )
 
 
