@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Table
 
@@ -14,12 +14,12 @@ from services.contract.evaluation_spec import judged_by
 from services.contract.metric_words import metric_title
 from services.contract.records import Generation, Score
 from services.contract.settings import Settings
+from services.evaluation.subject import read_subject
 from services.reports.versus import Evaluation, MetricDifference, Versus, compare_evaluations, read_evaluation
 from services.reports.words import interval, p_text
 
 GENERATIONS = "generations.jsonl"
 SCORES = "scores.json"
-SUBJECT = "evaluated.json"
 FIX = "Name a directory that `smoothkd evaluate` wrote, or the id of an evaluated run."
 
 
@@ -89,31 +89,14 @@ def _from_directory(name: str) -> Evaluation:
         scores = TypeAdapter(list[Score]).validate_json((folder / SCORES).read_bytes())
     except ValidationError as error:
         raise InvalidInputError(f"{folder / SCORES} holds no scores: {error.errors()[0]['msg']}", fix=FIX) from None
-    subject = _subject(folder / SUBJECT)
+    subject = read_subject(folder)
     return read_evaluation(
         name,
         _lines(folder / GENERATIONS),
         scores,
-        judged_by=subject.judged_by,
-        max_new_tokens=subject.max_new_tokens,
+        judged_by=subject.judged_by if subject else None,
+        max_new_tokens=subject.max_new_tokens if subject else None,
     )
-
-
-class _Subject(BaseModel):
-    """Of what a directory says of itself, that which makes values comparable."""
-
-    judged_by: dict[str, str] = {}
-    max_new_tokens: int | None = None
-
-
-def _subject(file: Path) -> _Subject:
-    if not file.is_file():
-        return _Subject()
-    try:
-        return _Subject.model_validate_json(file.read_bytes())
-    except ValidationError as error:
-        what = f"{file} does not say who judged what: {error.errors()[0]['msg']}"
-        raise InvalidInputError(what, fix="Evaluate again into another --out.") from None
 
 
 def _from_run(api: ApiClient, run_id: str) -> Evaluation:

@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 from rich.console import Console
@@ -16,14 +15,11 @@ from services.contract.records import Generation, Score
 from services.contract.settings import Settings
 from services.evaluation.evaluate import evaluate
 from services.evaluation.model_server import ModelServer
+from services.evaluation.subject import OWN, SUBJECT, Subject, read_subject
 from services.models.resolve import resolve_model
 
 GENERATIONS = "generations.jsonl"
 SCORES = "scores.json"
-SUBJECT = "evaluated.json"
-
-OWN = "transformers"
-"""Who answers where no server does."""
 
 
 def evaluate_to_directory(
@@ -79,53 +75,45 @@ def _server(url: str, *, model: str, directory: str, settings: Settings) -> Mode
 def _claim(out: Path, *, directory: Path, spec: EvaluationSpec, server: ModelServer | None) -> None:
     """Notes whose outputs these are: the weights by size and time, which is quick and changes when they do."""
     weights = sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")])
-    subject = {
-        "model": str(directory),
-        "weights": {file.name: [(stat := file.stat()).st_size, stat.st_mtime_ns] for file in weights},
-        "max_new_tokens": spec.max_new_tokens,
-    }
-    # Not its address, which may change; articles are cut to its window.
+    # Not a server's address, which may change; articles are cut to its window.
     answered_by = f"a server with a window of {server.window} tokens" if server else OWN
-    judges = judged_by(spec)
-    claimed = out / SUBJECT
-    before = _read_subject(claimed) if claimed.exists() else None
+    subject = Subject(
+        model=str(directory),
+        weights={file.name: ((stat := file.stat()).st_size, stat.st_mtime_ns) for file in weights},
+        max_new_tokens=spec.max_new_tokens,
+        answered_by=answered_by,
+        judged_by=judged_by(spec),
+    )
+    before = read_subject(out)
     if before is not None:
-        earlier = before.pop("judged_by", {})
-        if (by := before.pop("answered_by", OWN)) != answered_by:
-            # They may round otherwise, and so write other words.
-            raise ConflictError(
-                f"{out} holds answers by {by}, not by {answered_by}",
-                fix="Choose another directory, or have the rest answered as before.",
-            )
-        for metric in sorted(earlier.keys() & judges.keys()):
-            if earlier[metric] != judges[metric]:
-                raise ConflictError(
-                    f"{out} holds a {metric} by {earlier[metric]}, not by {judges[metric]}",
-                    fix="Choose another directory, or ask for the same judge.",
-                )
-        judges = {**earlier, **judges}
-    if before is not None and before != subject:
-        raise ConflictError(
-            f"{out} holds an evaluation of {before['model']} with up to {before['max_new_tokens']} tokens an output, "
-            "or of other weights there",
-            fix="Choose another directory, or remove this one.",
-        )
-    if not claimed.exists() and (out / GENERATIONS).exists():
+        _check_same(out, before, subject)
+        subject = subject.model_copy(update={"judged_by": {**before.judged_by, **subject.judged_by}})
+    elif (out / GENERATIONS).exists():
         raise ConflictError(
             f"{out / GENERATIONS} exists, and nothing says which model wrote it", fix="Choose another directory."
         )
-    _replace(claimed, [json.dumps({**subject, "answered_by": answered_by, "judged_by": judges}, indent=2)])
+    _replace(out / SUBJECT, [subject.model_dump_json(indent=2)])
 
 
-def _read_subject(file: Path) -> dict[str, Any]:
-    """Whose outputs a directory holds; ConflictError where that cannot be read."""
-    try:
-        subject = json.loads(file.read_text(encoding="utf-8"))
-        if {"model", "max_new_tokens"} <= subject.keys():
-            return dict(subject)
-    except (OSError, ValueError, AttributeError):
-        pass
-    raise ConflictError(f"{file} does not say whose outputs lie beside it", fix="Choose another directory.")
+def _check_same(out: Path, before: Subject, now: Subject) -> None:
+    if before.answered_by != now.answered_by:
+        # They may round otherwise, and so write other words.
+        raise ConflictError(
+            f"{out} holds answers by {before.answered_by}, not by {now.answered_by}",
+            fix="Choose another directory, or have the rest answered as before.",
+        )
+    for metric in sorted(before.judged_by.keys() & now.judged_by.keys()):
+        if before.judged_by[metric] != now.judged_by[metric]:
+            raise ConflictError(
+                f"{out} holds a {metric} by {before.judged_by[metric]}, not by {now.judged_by[metric]}",
+                fix="Choose another directory, or ask for the same judge.",
+            )
+    if (before.model, before.weights, before.max_new_tokens) != (now.model, now.weights, now.max_new_tokens):
+        raise ConflictError(
+            f"{out} holds an evaluation of {before.model} with up to {before.max_new_tokens} tokens an output, "
+            "or of other weights there",
+            fix="Choose another directory, or remove this one.",
+        )
 
 
 def _read_generations(file: Path) -> list[Generation]:

@@ -57,7 +57,8 @@ def test_values_by_different_judges_are_not_compared(tmp_path: Path) -> None:
         for step, name in ((0, "a"), (9, "b"))
     ]
     for folder, encoder, idf, length in ((folders[0], "one", "2", 64), (folders[1], "one", "3", 128)):
-        subject = {"judged_by": {"support": encoder, "support of demo_news": idf}, "max_new_tokens": length}
+        judged_by = {"support": encoder, "support of demo_news": idf}
+        subject = {"model": folder.name, "max_new_tokens": length, "judged_by": judged_by}
         (folder / "evaluated.json").write_text(json.dumps(subject))
     shown = compare(*folders)
     assert shown.returncode == 0, shown.stderr
@@ -68,10 +69,12 @@ def test_values_by_different_judges_are_not_compared(tmp_path: Path) -> None:
     shown = compare(*folders)
     assert "+9.00" in shown.stdout
     assert "up to" not in shown.stdout
-    (folders[1] / "evaluated.json").write_text("{")
-    broken = compare(*folders)
-    assert broken.returncode == 2
-    assert "evaluated.json does not say who judged what" in broken.stderr
+    for text in ("{", "null", json.dumps({"model": "x", "max_new_tokens": 3, "judged_by": []})):
+        (folders[1] / "evaluated.json").write_text(text)
+        broken = compare(*folders)
+        assert broken.returncode == 2
+        assert "evaluated.json does not say whose outputs lie beside it" in broken.stderr
+        assert "Traceback" not in broken.stderr
 
 
 def test_what_cannot_be_compared(tmp_path: Path) -> None:

@@ -203,9 +203,11 @@ def test_a_directory_of_another_model_is_refused(tiny_model: Path, settings: Set
 def test_a_directory_that_cannot_be_read_or_made_is_named(tiny_model: Path, settings: Settings, tmp_path: Path) -> None:
     out = tmp_path / "out"
     evaluate_to_directory(str(tiny_model), _spec("demo_news", limit=1), out, settings)
-    for text in ("{", "[]", "{}"):
+    unread = ("judged_by", []), ("judged_by", None), ("weights", 3), ("max_new_tokens", "many"), ("answered_by", 1)
+    damaged = [json.dumps({"model": "x", "max_new_tokens": 3} | {name: value}) for name, value in unread]
+    for text in ("{", "[]", "{}", "null", *damaged):
         (out / "evaluated.json").write_text(text)
-        with pytest.raises(ConflictError, match=r"evaluated\.json does not say whose outputs"):
+        with pytest.raises(InvalidInputError, match=r"evaluated\.json does not say whose outputs"):
             evaluate_to_directory(str(tiny_model), _spec("demo_news", limit=1), out, settings)
     file = tmp_path / "file"
     file.touch()
