@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from services.cli.absolute_paths import absolute_evaluation
 from services.contract.evaluation_spec import EvaluationSpec
 from services.contract.settings import Settings
 from services.contract.spec_reading import parse_evaluation
@@ -35,7 +36,7 @@ def evaluate_model(
             "batch_size": batch_size,
         }
     )
-    _run(model, spec, out, settings, server=server)
+    _run(model, absolute_evaluation(spec), out, settings, server=server)
 
 
 def measure_confidence(

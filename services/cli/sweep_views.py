@@ -10,6 +10,7 @@ from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
+from services.cli.absolute_paths import absolute_evaluation, absolute_name
 from services.contract.api_client import ApiClient
 from services.contract.metric_words import metric_title
 from services.contract.records import RunRecord, Summary, SummaryCell
@@ -41,25 +42,13 @@ def client_of(settings: Settings) -> ApiClient:
 
 def with_absolute_paths(spec: SweepSpec, file: Path) -> SweepSpec:
     """The sweep with paths that exist beside its file, or from here, made absolute; the API may run elsewhere."""
-
-    def absolute(name: str) -> str:
-        for base in (file.parent, Path()):
-            candidate = base / name
-            if candidate.exists():
-                return str(candidate.absolute())
-        return name
-
+    places = (file.parent, Path())
     data = spec.model_dump()
-    data["dataset"]["path"] = absolute(spec.dataset.path)
-    for benchmark in data["evaluation"]["benchmarks"]:
-        if benchmark["path"]:
-            benchmark["path"] = absolute(benchmark["path"])
-    for judge, name in data["evaluation"]["judges"].items():
-        if name and isinstance(name, str):
-            data["evaluation"]["judges"][judge] = absolute(name)
+    data["dataset"]["path"] = absolute_name(spec.dataset.path, places=places)
+    data["evaluation"] = absolute_evaluation(spec.evaluation, places=places).model_dump()
     for role in ("student", "teacher"):
         if data[role]:
-            data[role]["model"] = absolute(data[role]["model"])
+            data[role]["model"] = absolute_name(data[role]["model"], places=places)
     return SweepSpec.model_validate(data)
 
 

@@ -1,0 +1,27 @@
+"""Names of files and directories that mean the same from everywhere."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from services.contract.evaluation_spec import EvaluationSpec
+
+
+def absolute_evaluation(spec: EvaluationSpec, *, places: Sequence[Path] = (Path(),)) -> EvaluationSpec:
+    """With the files of its benchmarks and its judges named absolutely, so that equal names are equal judges."""
+    data = spec.model_dump()
+    for benchmark in data["benchmarks"]:
+        if benchmark["path"]:
+            benchmark["path"] = absolute_name(benchmark["path"], places=places)
+    for judge, name in data["judges"].items():
+        if name and isinstance(name, str):
+            data["judges"][judge] = absolute_name(name, places=places)
+    return EvaluationSpec.model_validate(data)
+
+
+def absolute_name(name: str, *, places: Sequence[Path]) -> str:
+    """The absolute path where ``name`` exists in one of ``places``, the first first; else the name, as of the hub."""
+    for place in places:
+        candidate = place / name
+        if candidate.exists():
+            return str(candidate.absolute())
+    return name

@@ -1,0 +1,49 @@
+"""``smoothkd evaluate`` as a user types it: what it is told by relative names means the same from everywhere."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import services.datasets
+from services.cli.main import app
+from services.cli.sweep_views import with_absolute_paths
+from services.contract.evaluation_spec import judged_by
+from services.contract.spec_reading import parse_sweep
+
+
+def test_judges_named_from_here_are_those_of_a_sweep(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SMOOTHKD_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("SMOOTHKD_OFFLINE", "true")
+    articles = Path(services.datasets.__path__[0]) / "data" / "demo_news.jsonl"
+    Path("news.jsonl").write_text("".join(articles.read_text(encoding="utf-8").splitlines(keepends=True)[:2]))
+    Path("lens.json").write_text("{}")
+    # Nothing in them: who judges is noted even where the judge then cannot be had.
+    for judge in ("hhem", "nli", "encoder"):
+        Path(judge).mkdir()
+    metrics = ["factual_rate", "factual_consistency", "entailment", "bertscore"]
+    judges = {"lens": "lens.json", "hhem": "hhem", "nli": "nli", "encoder": "encoder"}
+    command = ["evaluate", "--model", str(tiny_model), "--benchmarks", "demo_news=news.jsonl", "--out", "out"]
+    command += ["--max-new-tokens", "3", "--metrics", ",".join(metrics), "--idf"]
+    done = CliRunner().invoke(app, [*command, *(part for role, name in judges.items() for part in (f"--{role}", name))])
+    assert done.exit_code == 0, done.output
+    noted = json.loads(Path("out", "evaluated.json").read_text(encoding="utf-8"))["judged_by"]
+    sweep = parse_sweep(
+        {
+            "name": "judged",
+            "student": {"model": str(tiny_model)},
+            "dataset": {"path": "demo_instructions"},
+            "evaluation": {
+                "benchmarks": [{"name": "demo_news", "path": str(tmp_path / "news.jsonl")}],
+                "metrics": metrics,
+                "judges": {"idf": True} | {role: str(tmp_path / name) for role, name in judges.items()},
+            },
+        }
+    )
+    assert noted == judged_by(with_absolute_paths(sweep, tmp_path / "sweep.yaml").evaluation)
+    assert noted["factual_consistency"] == str(tmp_path / "hhem")
+    assert noted["bertscore of demo_news"] == f"idf over all references of {tmp_path / 'news.jsonl'}"
