@@ -19,6 +19,8 @@ from services.reports.detectors import agreement_text, detector_title, detectors
 from services.reports.words import run_setting
 
 READ_AT_MOST = 500
+SIGNS = {"all items": (-1, 0, 1), "widest difference: KD better": (1,), "widest difference: SFT better": (-1,)}
+"""Of the differences that each choice shows."""
 Key = tuple[str, str]  # benchmark and item id: what stays the same while the order changes
 
 
@@ -104,7 +106,12 @@ def filter_studies(sweep_id: str, studies: Sequence[CaseStudy]) -> list[CaseStud
         help="Per item, the KD output that differs most from SFT's; the widest differences come first, either way.",
     )
     benchmark = left.selectbox("Benchmark", ["all", *benchmarks], key=f"benchmark-{sweep_id}")
-    better = middle.selectbox("Show", ["all items", "KD better", "SFT better"], key=f"better-{sweep_id}")
+    better = middle.selectbox(
+        "Show",
+        list(SIGNS),
+        key=f"better-{sweep_id}",
+        help="By the one KD output that differs most from SFT's; other KD outputs of the item may go the other way.",
+    )
     least = right.slider(
         "Difference of at least (points)",
         0,
@@ -115,13 +122,12 @@ def filter_studies(sweep_id: str, studies: Sequence[CaseStudy]) -> list[CaseStud
     )
     if st.session_state["studies-cut"]:
         st.caption(f"The {READ_AT_MOST} items with the largest differences; the API has the others.")
-    signs = {"all items": (-1, 0, 1), "KD better": (1,), "SFT better": (-1,)}[better]
     return [
         study
         for study in studies
         if benchmark in ("all", study.benchmark)
         and round(100 * abs(study.difference)) >= least
-        and (study.difference > 0) - (study.difference < 0) in signs
+        and (study.difference > 0) - (study.difference < 0) in SIGNS[better]
     ]
 
 

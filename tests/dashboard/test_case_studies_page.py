@@ -66,8 +66,25 @@ def test_filters(api, visit):
     wide = [study for study in api.world.studies[FINISHED] if round(100 * abs(study.difference)) >= 10]
     assert 0 < len(wide) < 12
     assert len(app.selectbox(key=f"item-{FINISHED}").options) == len(wide)
-    app.selectbox(key=f"better-{FINISHED}").select("SFT better").run()
+    app.selectbox(key=f"better-{FINISHED}").select("widest difference: SFT better").run()
     assert "No item differs by that much" in app.info[0].value
+
+
+def test_the_filter_goes_by_the_widest_difference(api, visit):
+    studies = [
+        study.model_copy(update={"difference": difference})
+        for study, difference in zip(api.world.studies[FINISHED], (0.5, -0.4, 0.3, 0.0), strict=False)
+    ]
+    api.world.studies[FINISHED] = studies
+    app = visit("case_studies", sweep=FINISHED)
+    choice = app.selectbox(key=f"better-{FINISHED}")
+    assert "KD output that differs most" in choice.help
+    for option, places in zip(choice.options, ((0, 1, 2, 3), (0, 2), (1,)), strict=True):
+        app.selectbox(key=f"better-{FINISHED}").select(option).run()
+        shown = app.selectbox(key=f"item-{FINISHED}").options
+        expected = [f"{number}. {studies[place].item_id} " for number, place in enumerate(places, start=1)]
+        assert [title[: len(start)] for title, start in zip(shown, expected, strict=True)] == expected
+    assert choice.options[1:] == ["widest difference: KD better", "widest difference: SFT better"]
 
 
 def test_text_of_models_and_articles_is_escaped(api, visit):
