@@ -145,10 +145,12 @@ def table_row(one: ModelConfidence) -> list[str]:
 
 def _labels(models: Sequence[str], examples: Sequence[int]) -> list[str]:
     """The last part of each name where that tells the models apart, else the whole names; what else sets them apart."""
-    if len(set(models)) < len(models):
-        raise InvalidInputError("a model is named twice", fix="Name each model once.")
+    if len(set(zip(models, examples, strict=True))) < len(models):
+        raise InvalidInputError(
+            "a model is named twice with one number of examples", fix="Name it once, or with other --examples."
+        )
     short = [model.rstrip("/").rpartition("/")[2] for model in models]
-    names = short if len(set(short)) == len(short) else list(models)
+    names = short if len(set(short)) == len(set(models)) else list(models)
     if len(set(examples)) == 1:
         return names
     return [f"{name} ({count} examples)" for name, count in zip(names, examples, strict=True)]

@@ -178,6 +178,14 @@ def test_each_model_may_have_examples_of_its_own(
         expected = [-x for item in alone for place, x in enumerate(item.likelihoods) if place != item.right]
         assert one["wrong_nll"] == pytest.approx(expected, abs=1e-4)
     assert plain["wrong_nll"] != pytest.approx(shown["wrong_nll"], abs=1e-3)
+    same = ["overconfidence", *["--model", str(tiny_model)] * 2, *command[5:]]
+    both = CliRunner().invoke(app, [*same, "--examples", "0", "--examples", "2"])
+    assert both.exit_code == 0, both.output
+    found = json.loads((tmp_path / "out" / "overconfidence.json").read_text(encoding="utf-8"))
+    assert [one["model"] for one in found] == [f"{tiny_model.name} ({count} examples)" for count in (0, 2)]
+    assert [one["wrong_nll"] for one in found] == [plain["wrong_nll"], shown["wrong_nll"]]
+    twice = CliRunner().invoke(app, [*same, "--examples", "2", "--examples", "2"])
+    assert isinstance(twice.exception, InvalidInputError)
     wrong = CliRunner().invoke(app, [*command, *["--examples", "1"] * 3])
     assert isinstance(wrong.exception, InvalidInputError)
     assert "2 models have 3 numbers of examples" in wrong.exception.what
