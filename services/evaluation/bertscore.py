@@ -6,7 +6,7 @@ nothing, and an idf is that of the references.
 
 import functools
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,9 +25,10 @@ class BertScore:
         self.model, self.tokenizer, self.longest = model, tokenizer, longest
 
     def idf(self, references: Sequence[str]) -> dict[int, float]:
-        """How much each token weighs: log((N + 1) / (n + 1)) where n of the N references have it."""
+        """How much each token weighs: log((N + 1) / (n + 1)) where n of the N references have it, of any id."""
         seen = Counter(id_ for text in references for id_ in set(self._encode(text)))
-        return {id_: math.log((len(references) + 1) / (seen[id_] + 1)) for id_ in range(len(self.tokenizer))}
+        rarest = math.log(len(references) + 1)
+        return defaultdict(lambda: rarest, {id_: rarest - math.log(count + 1) for id_, count in seen.items()})
 
     def score(
         self, pairs: Sequence[tuple[str, str]], *, weights: Mapping[int, float] | None = None

@@ -1,5 +1,6 @@
 """chrF, METEOR and BERTScore against plain computations of their published formulas; answers to questions."""
 
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from services.contract.errors import DatasetError
 from services.contract.evaluation_spec import BenchmarkSpec
 from services.contract.settings import Settings
 from services.datasets.questions import load_questions
-from services.evaluation.bertscore import load_bertscore
+from services.evaluation.bertscore import BertScore, load_bertscore
 from services.evaluation.overlap import chrf, meteor_exact_stem
 from services.evaluation.question_answering import answer_f1, exact_match
 from tests.evaluation.bertscore_reference import plain_bertscore
@@ -57,6 +58,30 @@ def test_bertscore_is_the_authors_formula(
     assert bertscore.tokenizer.unk_token_id in bertscore.tokenizer(PAIRS[-1][0])["input_ids"]
     assert bertscore.score(PAIRS, weights=weights) == pytest.approx(expected, abs=1e-3)
     assert bertscore.score([("", "A text."), (" ", "A text.")]) == [None, None]
+
+
+def test_an_idf_knows_ids_beyond_the_number_of_tokens(tmp_path: Path) -> None:
+    """As of a tokenizer with gaps in its ids, where the number of tokens is no bound of them."""
+    make_encoder(tmp_path)
+    bertscore = load_bertscore(str(tmp_path), settings=Settings(offline=True))
+
+    class Gappy:
+        def __init__(self, ids: dict[str, list[int]]) -> None:
+            self.ids, self.all_special_ids, self.unk_token_id, self.pad_token_id = ids, [], None, 0
+
+        def __len__(self) -> int:
+            return 3
+
+        def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+            return {"input_ids": self.ids[text]}
+
+    texts = {"a": [1, 20], "b": [20, 7, 7], "c": [20, 30]}
+    weights = BertScore(bertscore.model, tokenizer=Gappy(texts), longest=8).idf(["a", "b"])
+    assert [weights[id_] for id_ in (1, 7, 20, 30)] == pytest.approx(
+        [math.log(3 / 2), math.log(3 / 2), 0.0, math.log(3)]
+    )
+    vectors = BertScore(bertscore.model, tokenizer=Gappy(texts), longest=8)
+    assert vectors.score([("c", "c")], weights=weights) == pytest.approx([100.0], abs=1e-3)
 
 
 def test_bertscore_runs_on_minilm(minilm: Path, tmp_path: Path) -> None:
