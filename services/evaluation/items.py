@@ -58,22 +58,24 @@ def answer_items(
 def mean_score(metric: str, generations: Sequence[Generation], metrics: Metrics, *, benchmark: str) -> Score:
     """Over the items that have the metric; how many those are is part of the score.
 
-    A metric that could not be had for every item it should judge has no value but the reason.
+    A metric that could not be had for every item it should judge has no value but the reason, as has one that judged
+    no output: by its own reasons where it gave any.
     """
     if metric in metrics.missing:
         return Score(benchmark=benchmark, metric=metric, value=None, missing=metrics.missing[metric], items=0)
     values = [generation.scores[metric] for generation in generations if metric in generation.scores]
+    reasons = "; ".join(metrics.unjudged.get(metric, ()))
     if len(values) < len(generations):
         log.warning(
-            "%s: %d of %d outputs have no %s, each being %s",
+            "%s: %d of %d outputs have no %s: %s",
             benchmark,
             len(generations) - len(values),
             len(generations),
             metric,
-            UNJUDGED,
+            reasons or f"each is {UNJUDGED}",
         )
     if not values:
-        missing = f"every output is {UNJUDGED}"
+        missing = reasons or f"every output is {UNJUDGED}"
         return Score(benchmark=benchmark, metric=metric, value=None, missing=missing, items=0)
     return Score(benchmark=benchmark, metric=metric, value=sum(values) / len(values), items=len(values))
 
@@ -92,6 +94,8 @@ def _judge(
     before = [stored.get(one.request.item_id) for one in answers]
     wanted = {name for one in before for name in (_lacking(one, metrics) if one else metrics.judges)}
     verdicts = metrics.judge(answers, names=[name for name in metrics.names if name in wanted])
+    for name, found in verdicts.items():
+        metrics.unjudged.setdefault(name, {}).update({one.missing: None for one in found if one.missing})
     return [
         _generation(
             one, {name: found[index] for name, found in verdicts.items()}, benchmark=benchmark, before=before[index]

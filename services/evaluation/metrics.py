@@ -30,11 +30,15 @@ QUESTION_METRICS = ("exact_match", "f1")
 
 @dataclass(kw_only=True)
 class Metrics:
-    """``judges`` by name, and in ``missing`` the reason for each metric that cannot be had, or that failed."""
+    """``judges`` by name, and in ``missing`` the reason for each metric that cannot be had, or that failed.
+
+    ``unjudged``: by metric, the distinct reasons for which outputs have no score, in order.
+    """
 
     names: Sequence[str]
     judges: dict[str, Metric] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
+    unjudged: dict[str, dict[str, None]] = field(default_factory=dict)
 
     @property
     def measures_attention(self) -> bool:

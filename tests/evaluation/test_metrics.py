@@ -1,6 +1,7 @@
 """Every metric inside an evaluation: its value by an independent way, its spans, and what happens without it."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from services.contract.records import Generation, Score
 from services.contract.settings import Settings
 from services.contract.spec_reading import parse_evaluation
 from services.evaluation import metrics as metrics_module
+from services.evaluation.answering import Answer
 from services.evaluation.consistency.detector import detect_consistency, load_detector
 from services.evaluation.evaluate import evaluate
 from services.evaluation.lookback.detect import detect_generated, detect_lookback
@@ -22,6 +24,7 @@ from services.evaluation.lookback.lens import Lens
 from services.evaluation.lookback.measure import generate_measured
 from services.evaluation.model import load_model
 from services.evaluation.self_consistency import compare
+from services.evaluation.verdict import Verdict
 from services.models.tiny import make_tiny_model
 from tests.evaluation.bertscore_reference import plain_bertscore
 from tests.evaluation.tiny_judges import TEXTS, make_encoder
@@ -144,6 +147,30 @@ def test_a_metric_that_fails_is_missing_and_the_others_stay(
     scores, _ = _evaluate(tiny_model, settings, benchmark, metrics=["chrf", "rouge_l"], batch_size=1)
     assert (scores["chrf"].value, scores["chrf"].missing) == (None, "RuntimeError: out of memory")
     assert scores["rouge_l"].items == 3
+
+
+def test_reasons_of_outputs_that_cannot_be_judged_are_named_once(
+    tiny_model: Path,
+    settings: Settings,
+    benchmark: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    reasons = iter(["more tokens than are read", None, "more tokens than are read"])
+
+    def judge(answers: Sequence[Answer]) -> list[Verdict]:
+        found = [next(reasons) for _ in answers]
+        return [Verdict(score=None if reason else 80.0, missing=reason) for reason in found]
+
+    monkeypatch.setattr(metrics_module, "_support", judge)
+    scores, _ = _evaluate(tiny_model, settings, benchmark, metrics=["support"], batch_size=1)
+    assert (scores["support"].value, scores["support"].items, scores["support"].missing) == (80.0, 1, None)
+    assert (
+        "2 of 3 outputs have no support: more tokens than are read" in [one.getMessage() for one in caplog.records][-1]
+    )
+    reasons = iter(["too many tokens", "no words", "too many tokens"])
+    scores, _ = _evaluate(tiny_model, settings, benchmark, metrics=["support"], batch_size=1)
+    assert (scores["support"].value, scores["support"].missing) == (None, "too many tokens; no words")
 
 
 def test_references_in_a_script_that_rouge_does_not_read_leave_it_out(
