@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from services.cli.main import app
 from services.contract.api_client import ApiClient
 from services.contract.errors import InvalidInputError, SmoothKDError
+from services.contract.evaluation_spec import JudgeSpec
 from services.contract.records import Artifact, Generation, MetricPoint, Score, Span
 from services.contract.spec import SweepSpec
 from services.contract.states import StageKind, State
@@ -163,3 +164,59 @@ def test_lower_is_better_turns_the_order(api: ApiClient, store: Store, spec: Swe
         ("item-0", pytest.approx(0)),
         ("item-2", pytest.approx(0)),
     ]
+
+
+def test_single_pages_of_differences_either_way_hold_every_item_once(
+    api: ApiClient, store: Store, spec: SweepSpec
+) -> None:
+    sweep = api.submit_sweep(spec)
+    gains = [10.0, -40.0, 30.0, -20.0, 0.0]
+    for run in api.all_runs(sweep.id):
+        for stage in run.stages:
+            attempt = store.begin_attempt(stage.id, worker="w", lease_seconds=60)
+            assert attempt is not None
+            if stage.kind == StageKind.EVALUATE:
+                scored = [
+                    answer(number, bad=0).model_copy(
+                        update={"scores": {"support": 50.0 + gain * (run.method != "SFT")}}
+                    )
+                    for number, gain in enumerate(gains)
+                ]
+                store.add_generations(attempt, scored)
+            store.end_attempt(attempt, State.SUCCEEDED)
+    seen, cursor = [], None
+    for _ in gains:
+        page = api.case_studies(sweep.id, metric="support", limit=1, cursor=cursor)
+        seen += [(one.item_id, round(100 * one.difference)) for one in page.items]
+        cursor = page.next_cursor
+    assert seen == [("item-1", -40), ("item-2", 30), ("item-3", -20), ("item-0", 10), ("item-4", 0)]
+    assert cursor is None
+
+
+def test_runs_by_different_judges_are_not_compared(
+    api: ApiClient, store: Store, spec: SweepSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMOOTHKD_API_URL", api.url)
+    runs = []
+    for hhem, length in (("one", 64), ("other", 96)):
+        asked = {"metrics": ("support", "factual_consistency"), "judges": JudgeSpec(hhem=hhem)}
+        evaluation = spec.evaluation.model_copy(update={**asked, "max_new_tokens": length})
+        sweep = api.submit_sweep(spec.model_copy(update={"evaluation": evaluation}))
+        run = api.all_runs(sweep.id)[0]
+        runs.append(run.id)
+        for stage in run.stages:
+            attempt = store.begin_attempt(stage.id, worker="w", lease_seconds=60)
+            assert attempt is not None
+            if stage.kind == StageKind.EVALUATE:
+                scores = {"support": 50.0, "factual_consistency": 60.0}
+                store.add_generations(
+                    attempt, [answer(n, bad=0).model_copy(update={"scores": scores}) for n in range(3)]
+                )
+            store.end_attempt(attempt, State.SUCCEEDED)
+    a, b = runs
+    shown = CliRunner().invoke(app, ["compare", a, b, "--json"])
+    assert shown.exit_code == 0, shown.output
+    found = json.loads(shown.output)
+    missing = {one["metric"]: one["missing"] for one in found["differences"]}
+    assert missing == {"support": None, "factual_consistency": f"{a} has it by one, {b} by other"}
+    assert found["note"].startswith(f"Outputs of {a} have up to 64 tokens, those of {b} up to 96")

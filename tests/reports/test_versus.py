@@ -100,3 +100,25 @@ def test_a_metric_of_one_side_says_why_it_is_missing() -> None:
     )
     missing = {one.metric: one.missing for one in found.differences}
     assert missing == {"support": None, "factual_rate": "A: has values for other items only; B: no lens fits"}
+
+
+@pytest.mark.parametrize(
+    ("by_a", "by_b", "missing"),
+    [
+        ({"support": "one"}, {"support": "two"}, "A has it by one, B by two"),
+        ({"support": "one", "support of demo_news": "x"}, {"support": "two", "support of demo_news": "x"}, "A has it"),
+        ({"support": "one", "support of demo_news": "x"}, {"support": "one", "support of demo_news": "y"}, "by x, B"),
+        ({"support": "one", "support of xsum": "x"}, {"support": "one", "support of xsum": "y"}, None),
+        ({"support": "one"}, {}, None),
+        ({}, {"support": "two"}, None),
+    ],
+)
+def test_values_by_judges_that_are_known_to_differ_are_not_compared(
+    by_a: dict[str, str], by_b: dict[str, str], missing: str | None
+) -> None:
+    generations = [generation(i, support=float(i)) for i in range(4)]
+    (one,) = compare_evaluations(
+        read_evaluation("A", generations, [], judged_by=by_a), read_evaluation("B", generations, [], judged_by=by_b)
+    ).differences
+    assert (one.difference is None) == (missing is not None)
+    assert missing is None or missing in str(one.missing)
