@@ -53,22 +53,28 @@ def study_html(study: CaseStudy, *, number: int, settings: Mapping[str, str], co
 
 
 def difference_html(study: CaseStudy) -> str:
-    """What ``difference_text`` says, coloured by whose favour it is in."""
+    """What ``difference_text`` says, the amount coloured by whose favour it is in."""
+    title, amount, rest = map(escape, _difference_words(study))
     tone = {1: "sk-difference sk-better", 0: "sk-difference", -1: "sk-difference sk-worse"}[_favour(study)]
-    return f'<span class="{tone}">{escape(difference_text(study))}</span>'
+    return f'<span class="{tone}">{title}: <strong>{amount}</strong>{rest}</span>'
 
 
 def difference_text(study: CaseStudy) -> str:
     """How the KD output that differs most compares with SFT's, by the metric that the study was found by."""
-    title, points = metric_title(study.metric), abs(100 * study.difference)
-    favour = _favour(study)
+    title, amount, rest = _difference_words(study)
+    return f"{title}: {amount}{rest}"
+
+
+def _difference_words(study: CaseStudy) -> tuple[str, str, str]:
+    """The metric, the amount, and what it is the amount of."""
+    title, points, favour = metric_title(study.metric), abs(100 * study.difference), _favour(study)
     if not favour:
-        return f"{title}: no KD output differs from SFT's"
+        return title, "no difference", " between SFT's and any KD output"
     if study.metric == UNSUPPORTED:
-        how = f"{points:.0f} points {'fewer' if favour > 0 else 'more'}"
+        amount = f"{points:.0f} points {'fewer' if favour > 0 else 'more'}"
     else:
-        how = f"{points:.1f} points {'better' if favour > 0 else 'worse'}"
-    return f"{title}: {how} than SFT's in the KD output that differs most"
+        amount = f"{points:.1f} points {'better' if favour > 0 else 'worse'}"
+    return title, amount, " than SFT's in the KD output that differs most"
 
 
 def _favour(study: CaseStudy) -> int:

@@ -58,7 +58,7 @@ def test_an_empty_output_is_said_to_be_empty():
 
 
 @pytest.mark.parametrize(
-    ("difference", "words"), [(0.25, "25 points fewer"), (-0.1, "10 points more"), (0.001, "no KD output differs")]
+    ("difference", "words"), [(0.25, "25 points fewer"), (-0.1, "10 points more"), (0.001, "no difference")]
 )
 def test_the_difference_in_words(difference, words):
     assert words in text_of(difference_html(study("x", difference=difference)))

@@ -88,10 +88,10 @@ def test_markdown_renders_to_the_same_text() -> None:
     [
         ("rouge_l", 0.254, "ROUGE-L: 25.4 points better than SFT's", "sk-better"),
         ("rouge_l", -0.254, "ROUGE-L: 25.4 points worse than SFT's", "sk-worse"),
-        ("rouge_l", -3e-7, "ROUGE-L: no KD output differs from SFT's", None),
+        ("rouge_l", -3e-7, "ROUGE-L: no difference between SFT's", None),
         ("unsupported_words", -0.1, "Unsupported words: 10 points more than SFT's", "sk-worse"),
         ("unsupported_words", 0.1, "Unsupported words: 10 points fewer than SFT's", "sk-better"),
-        ("unsupported_words", 0.001, "Unsupported words: no KD output differs from SFT's", None),
+        ("unsupported_words", 0.001, "Unsupported words: no difference between SFT's", None),
     ],
 )
 def test_every_form_says_whose_favour_a_difference_is_in(
@@ -100,8 +100,9 @@ def test_every_form_says_whose_favour_a_difference_is_in(
     found = study().model_copy(update={"metric": metric, "difference": difference})
     assert words in export_studies([found], make_runs(), title="t", form="md")
     page = export_studies([found], make_runs(), title="t", form="html")
-    (opening,) = re.findall(rf'<span class="([^"]*)">{re.escape(escape(words))}', page)
-    assert opening.split() == ["sk-difference", *([tone] if tone else [])]
+    ((classes, shown),) = re.findall(r'<span class="(sk-difference[^"]*)">(.*?)</span>', page)
+    assert classes.split() == ["sk-difference", *([tone] if tone else [])]
+    assert re.sub("</?strong>", "", shown).startswith(escape(words))
 
 
 def test_neighbouring_spans_are_one_bold_piece() -> None:
