@@ -111,7 +111,8 @@ def test_documents_that_lose_their_end_to_a_lens_are_counted(
         detect_lookback(some, model=str(tiny_model), lens=file, settings=settings) for some in (pairs, pairs[:1])
     )
     assert [one.truncated for one in long] == [False, True, False]
-    assert long[0] == short[0]
+    # What else is computed beside it changes its last digits.
+    assert long[0].score == pytest.approx(short[0].score, abs=1e-6)
     assert [record.getMessage() for record in caplog.records] == [
         "1 of 3 documents do not fit into the model's window of 512 tokens beside their summaries and were read "
         "without their end"
