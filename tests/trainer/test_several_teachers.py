@@ -207,7 +207,7 @@ def test_a_run_learns_the_mean_of_two_served_teachers(
     assert first == pytest.approx(before, rel=1e-4 if encoding == "exact" else 1e-3)
     assert mean_divergence(teachers, model, records_file) < 0.8 * before
     card = (model / "README.md").read_text()
-    assert f"| teacher | {teacher_model} |" in card
+    assert f"| teacher | {teacher_model}, weight 0.75 |" in card
     assert f"| another teacher | {other_model}, weight 0.25 |" in card
 
 
