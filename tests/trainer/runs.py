@@ -1,6 +1,7 @@
 """What tests of whole runs measure them with."""
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,11 +9,22 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from services.contract.settings import Settings
 from services.contract.spec import RunSpec
 from services.datasets.reading import load_records
 from student_trainer.data import collate, encode_examples
 
 MakeRun = Callable[..., RunSpec]
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    """Of a process that is to have these settings."""
+    return os.environ | {
+        "SMOOTHKD_DATA_DIR": str(settings.data_dir),
+        "SMOOTHKD_TEACHER_ADDRESS": settings.teacher_address,
+        "SMOOTHKD_OFFLINE": "true",
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def weights(model: Path) -> dict[str, torch.Tensor]:

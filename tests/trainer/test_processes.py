@@ -19,18 +19,10 @@ from services.contract.errors import CancelledError, DatasetError, SpecError
 from services.contract.settings import Settings
 from services.contract.spec import RunSpec
 from student_trainer.train import train
+from tests.trainer.runs import environment
 
 REPOSITORY = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "services.cli.main", "train"]
-
-
-def environment(settings: Settings) -> dict[str, str]:
-    return os.environ | {
-        "SMOOTHKD_DATA_DIR": str(settings.data_dir),
-        "SMOOTHKD_TEACHER_ADDRESS": settings.teacher_address,
-        "SMOOTHKD_OFFLINE": "true",
-        "OMP_NUM_THREADS": "1",
-    }
 
 
 @pytest.mark.slow
