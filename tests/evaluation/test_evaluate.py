@@ -136,14 +136,22 @@ def test_a_directory_gets_generations_and_scores(tiny_model: Path, settings: Set
 def test_an_interrupted_evaluation_is_carried_on(
     tiny_model: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed after some batches, with its last line cut short; then only the rest is generated."""
+    """Killed in its fourth batch, with its last line cut short; then only the rest is generated."""
     out = tmp_path / "out"
     program = """
-        import sys
+        import signal, sys
         from pathlib import Path
         from services.contract.settings import Settings
         from services.contract.evaluation_spec import EvaluationSpec
+        from services.evaluation import answering
         from services.evaluation.directory import evaluate_to_directory
+        plain, batches = answering._generate, []
+        def three_batches(*some, **rest):
+            batches.append(some)
+            if len(batches) > 3:
+                signal.pause()
+            return plain(*some, **rest)
+        answering._generate = three_batches
         spec = EvaluationSpec.model_validate_json(sys.argv[2])
         evaluate_to_directory(sys.argv[1], spec, Path(sys.argv[3]), Settings())
     """
@@ -158,16 +166,14 @@ def test_an_interrupted_evaluation_is_carried_on(
     process = subprocess.Popen(argv, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     file = out / "generations.jsonl"
     deadline = time.monotonic() + 120
-    while not (file.exists() and file.read_bytes().count(b"\n") >= 2):
+    while not (file.exists() and file.read_bytes().count(b"\n") == 3):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = file.read_bytes()
-    assert before.count(b"\n") < 24, "the evaluation was over before it could be killed"
     file.write_bytes(before[:-1])
-    kept = before[:-1].count(b"\n")
 
     generated: list[list[int]] = []
     plain = answering._generate
@@ -175,7 +181,7 @@ def test_an_interrupted_evaluation_is_carried_on(
         answering, "_generate", lambda prompts, **rest: generated.extend(prompts) or plain(prompts, **rest)
     )
     scores = evaluate_to_directory(str(tiny_model), spec, out, settings)
-    assert len(generated) == 24 - kept
+    assert len(generated) == 24 - 2
     assert scores[0].items == 24
     assert len(set(file.read_text(encoding="utf-8").splitlines())) == 24
     assert scores == evaluate(str(tiny_model), spec=spec, settings=settings)

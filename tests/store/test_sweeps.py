@@ -112,16 +112,15 @@ def test_decodes_depend_on_teacher_dataset_and_length_alone() -> None:
     assert expand(example_sweep())[1].decode_key is None
 
 
-def test_a_thousand_runs_are_created_within_a_second(store: Store) -> None:
-    spec = example_sweep(grid=THOUSAND)
-    for tries_left in reversed(range(5)):  # a busy machine may spoil some
-        started = time.monotonic()
-        sweep = store.create_sweep(spec)
-        seconds = time.monotonic() - started
-        assert sweep.runs == {State.QUEUED: 1000}
-        if seconds <= 1.0:
-            break
-        assert tries_left, f"took {seconds:.2f} s"
+def test_a_thousand_runs_take_no_more_statements_than_two(store: Store) -> None:
+    """How long they take is for benchmarks/api_sweep.py to say."""
+    asked = []
+    for grid, runs in ({"alpha": [0, 0.1]}, 2), (THOUSAND, 1000):
+        with counted_queries(store, kinds=("SELECT", "INSERT", "UPDATE")) as queries:
+            sweep = store.create_sweep(example_sweep(grid=grid))
+        assert sweep.runs == {State.QUEUED: runs}
+        asked.append(len(queries))
+    assert asked[0] == asked[1]
     assert len(store.runs(sweep.id, limit=1000).items) == 1000
 
 
@@ -263,11 +262,11 @@ def test_progress_is_the_mean_over_stages(store: Store) -> None:
 
 
 @contextmanager
-def counted_queries(store: Store) -> Iterator[list[str]]:
+def counted_queries(store: Store, *, kinds: tuple[str, ...] = ("SELECT",)) -> Iterator[list[str]]:
     queries: list[str] = []
 
     def count(_connection: object, _cursor: object, statement: str, *_rest: object) -> None:
-        if statement.lstrip().startswith("SELECT"):
+        if statement.lstrip().startswith(kinds):
             queries.append(statement)
 
     engine = store._database._engine
