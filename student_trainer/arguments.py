@@ -74,6 +74,7 @@ def training_arguments(spec: RunSpec, checkpoints: Path, *, steps: int) -> Train
                 "gradient_accumulation_steps": accumulated,
                 "gradient_clipping": training.max_grad_norm,
             },
+            precision=training.precision,
         ),
         save_strategy="steps",
         save_steps=training.checkpoint_steps,

@@ -19,8 +19,16 @@ from services.contract.lm_head import LmHead
 from services.contract.sequences import TokenSequence
 from services.contract.soft_labels import ScoredSequence
 from services.labels.cache import LabelCache, label_key
-from services.labels.manifest import MANIFEST, Manifest, damaged, read_head, read_manifest, write_manifest
-from services.labels.rows import SCHEMA, DamagedRowError, LabelledSequence, from_row, to_row
+from services.labels.manifest import (
+    MANIFEST,
+    Manifest,
+    damaged,
+    not_of_this_release,
+    read_head,
+    read_manifest,
+    write_manifest,
+)
+from services.labels.rows import SCHEMA, DamagedRowError, LabelledSequence, UnknownLabelsError, from_row, to_row
 
 GROUP_BYTES = 1024**2
 """Rows of a row group, which is the least that is read for one row; a longer sequence has one to itself."""
@@ -213,8 +221,10 @@ class _Shard:
         try:
             self._file = pq.ParquetFile(path, page_checksum_verification=True)
             schema = self._file.schema_arrow
-            if not schema.equals(SCHEMA) or (schema.metadata or {}).get(_IDENTITY) != identity.encode():
-                raise damaged(path, "it was written for other labels, or by another release of smoothkd")
+            if not schema.equals(SCHEMA):
+                raise not_of_this_release(path, "it has other columns")
+            if (schema.metadata or {}).get(_IDENTITY) != identity.encode():
+                raise _of_other_labels(path)
             column = self._file.read(columns=["sequence_hash"], use_threads=False).column("sequence_hash")
         except _PARQUET_ERRORS as error:
             raise damaged(path, _first_line(error)) from None
@@ -235,6 +245,8 @@ class _Shard:
             labelled = from_row(values)
         except DamagedRowError as error:
             raise damaged(self._path, str(error), row=row + 1) from None
+        except UnknownLabelsError as error:
+            raise not_of_this_release(self._path, f"unknown labels in row {row + 1} ({error})") from None
         except _PARQUET_ERRORS as error:
             raise damaged(self._path, _first_line(error), row=row + 1) from None
         if labelled.message.sequence_hash != self.hashes[row]:
@@ -265,6 +277,15 @@ def _lock(directory: Path) -> int:
             f"another export is writing to {directory}", fix="Wait for it, or choose another directory."
         ) from None
     return descriptor
+
+
+def _of_other_labels(path: Path) -> InvalidInputError:
+    return InvalidInputError(
+        f"{path} holds other labels than {MANIFEST} beside it names, by another teacher or made in another way, or "
+        "another release of smoothkd has exported it",
+        fix="Delete it where it came from another directory; otherwise export the labels again with this release, to "
+        "another directory.",
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -63,12 +63,15 @@ def read_manifest(directory: Path) -> Manifest:
             )
         teacher = json_format.ParseDict(content["teacher"], pb.GetTeacherResponse(), ignore_unknown_fields=True)
         tensor_dtype(teacher.label_dtype)
-        return Manifest(
+        manifest = Manifest(
             teacher=teacher,
             options=_options(content["options"]),
             probe_texts=tuple(content["probe_texts"]),
             head_sha256=content["head_sha256"],
         )
+        if content.get("identity", manifest.identity) != manifest.identity:
+            raise not_of_this_release(path, "it tells labels apart in another way")
+        return manifest
     except FileNotFoundError:
         raise InvalidInputError(
             f"{directory} holds no label files: {MANIFEST} is not there",
@@ -99,6 +102,7 @@ def write_manifest(directory: Path, manifest: Manifest, *, head: LmHead | None) 
         "options": asdict(manifest.options),
         "probe_texts": list(manifest.probe_texts),
         "head_sha256": digest,
+        "identity": manifest.identity,
     }
     unfinished = directory / f".{MANIFEST}.{os.getpid()}.tmp"
     unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
@@ -131,6 +135,14 @@ def damaged(path: Path, why: str, *, row: int | None = None) -> InvalidInputErro
     return InvalidInputError(
         f"{place} is damaged or not of these labels: {why}",
         fix="Copy the file again; or delete it, and let smoothkd labels export write what is then missing.",
+    )
+
+
+def not_of_this_release(path: Path, why: str) -> InvalidInputError:
+    """The error for a file that may be whole, but not for this release to read."""
+    return InvalidInputError(
+        f"{path} was not exported by this release of smoothkd: {why}",
+        fix="Export the labels again with this release, to another directory.",
     )
 
 

@@ -44,6 +44,10 @@ class DamagedRowError(Exception):
     """The row does not hold what was written; the message says why."""
 
 
+class UnknownLabelsError(Exception):
+    """The row holds what was written, and this release does not know what that is; the message says what."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LabelledSequence:
     """A sequence with its labels as they travel; the message has no id."""
@@ -85,7 +89,9 @@ def to_row(sequence: TokenSequence, scored: ScoredSequence) -> dict[str, Any]:
 
 
 def from_row(row: Mapping[str, Any]) -> LabelledSequence:
-    """A row of arrays and plain values; DamagedRowError where hash or checksum is not that of its content."""
+    """A row of arrays and plain values; DamagedRowError where hash or checksum is not that of its content,
+    UnknownLabelsError where its labels are of no kind that this release knows.
+    """
     token_ids, label_positions = row["token_ids"], row["label_positions"]
     if hash_sequence(token_ids, label_positions) != row["sequence_hash"]:
         raise DamagedRowError("its tokens are not those of its hash")
@@ -103,7 +109,7 @@ def from_row(row: Mapping[str, Any]) -> LabelledSequence:
             tensor.shape.extend(part["shape"])
             tensor.data = part["data"]
     except (AttributeError, KeyError, TypeError) as error:
-        raise DamagedRowError(f"this release of smoothkd does not know its labels ({error})") from None
+        raise UnknownLabelsError(str(error)) from None
     return LabelledSequence(token_ids=token_ids, label_positions=label_positions, message=message)
 
 

@@ -1,5 +1,6 @@
 """Label files: bit for bit what was written, in bounded memory, and every damage named."""
 
+import json
 import os
 import random
 import shutil
@@ -28,7 +29,9 @@ from services.contract.soft_labels import (
     hash_sequence,
 )
 from services.contract.teacher.v1 import teacher_service_pb2 as pb
+from services.labels import cache as cache_module
 from services.labels import files as files_module
+from services.labels import rows as rows_module
 from services.labels.cache import LabelCache, label_key
 from services.labels.files import LabelFiles, LabelWriter, import_labels
 from services.labels.manifest import HEAD, MANIFEST, Manifest
@@ -194,6 +197,43 @@ def test_labels_of_different_teachers_or_kinds_do_not_mix(other: dict, tmp_path:
     shutil.copy(tmp_path / "b" / "labels-00000.parquet", tmp_path / "a" / "labels-00001.parquet")
     with pytest.raises(InvalidInputError, match=r"labels-00001\.parquet.*other labels"):
         LabelFiles(tmp_path / "a")
+
+
+def test_labels_of_another_release_are_to_be_exported_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is damaged: releases may tell labels apart in other ways, write other columns, or know other kinds."""
+    import pyarrow as pa
+
+    again = "Export the labels again with this release"
+    with monkeypatch.context() as patched:
+        patched.setattr(cache_module, "_KEY_VERSION", 99)
+        write(tmp_path / "keys", range(3))
+    with pytest.raises(InvalidInputError, match=r"teacher\.json was not exported by this release") as caught:
+        LabelFiles(tmp_path / "keys")
+    assert again in caught.value.fix
+    # Of older exports the manifest does not say how they tell labels apart, but their files do.
+    content = json.loads((tmp_path / "keys" / MANIFEST).read_text())
+    del content["identity"]
+    (tmp_path / "keys" / MANIFEST).write_text(json.dumps(content))
+    with pytest.raises(InvalidInputError, match=r"labels-00000\.parquet holds other labels.*another release") as caught:
+        LabelFiles(tmp_path / "keys")
+    assert again.lower() in caught.value.fix
+
+    write(tmp_path / "rows", range(3))
+    path = tmp_path / "rows" / "labels-00000.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.append_column("more", pa.array([1, 2, 3])), path)
+    with pytest.raises(InvalidInputError, match=r"not exported by this release.*other columns") as caught:
+        LabelFiles(tmp_path / "rows")
+    assert again in caught.value.fix
+    rows = table.to_pylist()
+    for row in rows:
+        row["encoding"] = "entropic"
+        row["checksum"] = rows_module._checksum("entropic", row["labels"], np.float32(row["token_logprobs"]))
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
+    files = LabelFiles(tmp_path / "rows")
+    with pytest.raises(InvalidInputError, match=r"not exported by this release.*unknown labels in row 2.*entropic") as caught:
+        files.read(rows[1]["sequence_hash"])
+    assert again in caught.value.fix
 
 
 def test_two_exports_at_once_are_refused(tmp_path: Path) -> None:

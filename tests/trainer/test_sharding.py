@@ -135,7 +135,8 @@ def test_deepspeed_trains_what_one_process_does(
 def test_a_deepspeed_configuration_takes_what_it_leaves_out_from_the_run(tmp_path: Path) -> None:
     path = tmp_path / "deepspeed.json"
     path.write_text('{"zero_optimization": {"stage": 3}, "gradient_clipping": 0.5, "wall_clock_breakdown": true}')
-    assert load_deepspeed_config(str(path), of_the_run={"gradient_clipping": 0.5, "train_batch_size": 8}) == {
+    of_the_run = {"gradient_clipping": 0.5, "train_batch_size": 8}
+    assert load_deepspeed_config(str(path), of_the_run=of_the_run, precision="bf16") == {
         "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True},
         "gradient_clipping": 0.5,
         "wall_clock_breakdown": True,
@@ -150,6 +151,15 @@ def test_a_deepspeed_configuration_takes_what_it_leaves_out_from_the_run(tmp_pat
         ("{stage: 3}", "cannot be read"),
         ("[3]", "holds no JSON object"),
         ('{"gradient_clipping": 0.5}', "sets gradient_clipping to 0.5, and for this run it is 1"),
+        ('{"gradient_clipping": null}', "sets gradient_clipping to null, and for this run it is 1"),
+        ('{"zero_optimization": true}', "sets zero_optimization to true, which is no section"),
+        ('{"zero_optimization": [3]}', r"sets zero_optimization to \[3\], which is no section"),
+        ('{"bf16": true}', "sets bf16 to true, which is no section"),
+        ('{"bf16": {"enabled": false}}', "sets bf16.enabled to false, and the run's training.precision is bf16"),
+        ('{"fp16": {"enabled": true}}', "sets fp16.enabled to true, and the run's training.precision is bf16"),
+        ('{"optimizer": {"type": "SGD"}}', "has a section optimizer, which would replace"),
+        ('{"scheduler": {"type": "OneCycle"}}', "has a section scheduler, which would replace"),
+        ('{"amp": {"enabled": true}}', "has a section amp, which would replace"),
     ],
 )
 def test_a_deepspeed_configuration_of_another_run_is_refused(text: str | None, message: str, tmp_path: Path) -> None:
@@ -157,7 +167,14 @@ def test_a_deepspeed_configuration_of_another_run_is_refused(text: str | None, m
     if text is not None:
         path.write_text(text)
     with pytest.raises(SpecError, match=message):
-        load_deepspeed_config(str(path), of_the_run={"gradient_clipping": 1.0})
+        load_deepspeed_config(str(path), of_the_run={"gradient_clipping": 1.0}, precision="bf16")
+
+
+def test_a_deepspeed_configuration_may_say_what_the_run_says(tmp_path: Path) -> None:
+    path = tmp_path / "deepspeed.json"
+    path.write_text('{"bf16": {"enabled": true}, "fp16": {"enabled": "auto"}, "gradient_clipping": 1}')
+    config = load_deepspeed_config(str(path), of_the_run={"gradient_clipping": 1.0}, precision="bf16")
+    assert config == {"bf16": {"enabled": True}, "fp16": {"enabled": "auto"}, "gradient_clipping": 1}
 
 
 def test_layers_that_share_weights_in_ways_of_their_own_are_refused(
