@@ -4,6 +4,8 @@ Shape suffixes: N label positions, K kept tokens, D the teacher's hidden size, S
 positions looked at, or of sampled labels all their distinct tokens.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -120,6 +122,17 @@ def verify_token_logprobs(
     if worst is not None:
         raise found.mismatch(worst, sequence, place=int(chosen_M[worst]))
     return float(found.differences().max())
+
+
+@contextmanager
+def blaming_teacher(model: str) -> Iterator[None]:
+    """Around the comparison of one teacher's labels, which a run may have of several: errors name it."""
+    try:
+        yield
+    except LabelMismatchError as error:
+        raise LabelMismatchError(
+            f"of the teacher {model}: {error.what}", fix=error.fix, details={**error.details, "teacher": model}
+        ) from error
 
 
 @dataclass(frozen=True, kw_only=True)

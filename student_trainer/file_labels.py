@@ -42,6 +42,7 @@ def teacher_in_files(spec: RunSpec, *, tokenizer: PreTrainedTokenizerBase, setti
     _require_tokenizer(files.manifest, teacher_tokenizer(spec, tokenizer=tokenizer, settings=settings))
     log.info("labels of %d sequences lie in %s; no teacher is asked", len(files), files.directory)
     return Teacher(
+        name=spec.teacher.model,
         source=FileLabels(files),
         info=teacher_info(files.manifest.teacher),
         options=options,

@@ -6,7 +6,7 @@ Shape suffixes: N response tokens of a batch, K kept tokens, E the teacher's hid
 import contextvars
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -27,7 +27,7 @@ from services.contract.soft_labels import (
     TopKLabels,
 )
 from services.contract.tensors import Array
-from student_trainer.alignment import verify_token_logprobs
+from student_trainer.alignment import blaming_teacher, verify_token_logprobs
 from student_trainer.data import Example
 from student_trainer.label_source import LabelSource
 from student_trainer.output_head import OutputHead
@@ -48,20 +48,21 @@ REQUESTS_AT_ONCE = 4
 
 @dataclass(frozen=True, kw_only=True)
 class BatchLabels:
-    """The sequences that labels were asked for, in the batch's order, and what each source answered to them."""
+    """The sequences that labels were asked for, in the batch's order, and what each teacher answered to them."""
 
     sequences: Sequence[TokenSequence]
-    scored: Sequence[Sequence[ScoredSequence]]
+    scored: Mapping[str, Sequence[ScoredSequence]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Asked:
     sequences: list[TokenSequence]
-    answers: list[Future[dict[str, ScoredSequence]]]
+    answers: dict[str, Future[dict[str, ScoredSequence]]]
 
 
 class LabelPrefetcher:
-    """Asks sources of labels, one per teacher, for batches in the background and hands each over when its step comes.
+    """Asks sources of labels, by their teachers' names, for batches in the background and hands each over when its
+    step comes.
 
     What goes wrong there is raised by ``take``; ``waited_seconds`` counts the time that ``take`` waits, ``taken`` the
     sequences that it handed over and ``taken_from_cache`` those whose labels had been computed before.
@@ -69,7 +70,11 @@ class LabelPrefetcher:
     """
 
     def __init__(
-        self, *sources: LabelSource, options: LabelOptions, should_stop: Callable[[], bool] = lambda: False
+        self,
+        sources: Mapping[str, LabelSource],
+        *,
+        options: LabelOptions,
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.waited_seconds = 0.0
         self.taken = self.taken_from_cache = 0
@@ -88,7 +93,7 @@ class LabelPrefetcher:
 
     def close(self) -> None:
         """End the requests under way and the threads that make them."""
-        for source in self._sources:
+        for source in self._sources.values():
             source.close()
         self._threads.shutdown(cancel_futures=True)
 
@@ -100,11 +105,11 @@ class LabelPrefetcher:
             label_request(example, id=f"record {example.index}, batch {ticket}.{place}")
             for place, example in enumerate(examples)
         ]
-        answers = [
+        answers = {
             # In the context of whoever asks, so that the request belongs to its trace.
-            self._threads.submit(contextvars.copy_context().run, self._score, source, sequences)
-            for source in self._sources
-        ]
+            teacher: self._threads.submit(contextvars.copy_context().run, self._score, teacher, sequences)
+            for teacher in self._sources
+        }
         self._asked[ticket] = _Asked(sequences=sequences, answers=answers)
         return ticket
 
@@ -117,12 +122,14 @@ class LabelPrefetcher:
         asked = self._asked.pop(ticket)
         started = time.monotonic()
         try:
-            answered = [self._wait(answer) for answer in asked.answers]
+            answered = {teacher: self._wait(answer) for teacher, answer in asked.answers.items()}
         finally:
             self.waited_seconds += time.monotonic() - started
-        batches = [[scored[sequence.id] for sequence in asked.sequences] for scored in answered]
-        self.taken += sum(map(len, batches))
-        self.taken_from_cache += sum(part.from_cache for batch in batches for part in batch)
+        batches = {
+            teacher: [scored[sequence.id] for sequence in asked.sequences] for teacher, scored in answered.items()
+        }
+        self.taken += sum(map(len, batches.values()))
+        self.taken_from_cache += sum(part.from_cache for batch in batches.values() for part in batch)
         return BatchLabels(sequences=asked.sequences, scored=batches)
 
     def _wait(self, answer: Future[dict[str, ScoredSequence]]) -> dict[str, ScoredSequence]:
@@ -135,12 +142,13 @@ class LabelPrefetcher:
                 if self._should_stop():
                     raise CancelledError("stopped while waiting for the teacher's labels") from None
 
-    def _score(self, source: LabelSource, sequences: list[TokenSequence]) -> dict[str, ScoredSequence]:
-        answered = {scored.id: scored for scored in source.score(sequences, self._options)}
-        # Exact labels are compared where the teacher's head is: batch_alignment.py.
-        if self._options.encoding != "exact":
-            for sequence in sequences:
-                verify_token_logprobs(answered[sequence.id], sequence, temperature=self._options.temperature)
+    def _score(self, teacher: str, sequences: list[TokenSequence]) -> dict[str, ScoredSequence]:
+        with blaming_teacher(teacher):
+            answered = {scored.id: scored for scored in self._sources[teacher].score(sequences, self._options)}
+            # Exact labels are compared where the teacher's head is: batch_alignment.py.
+            if self._options.encoding != "exact":
+                for sequence in sequences:
+                    verify_token_logprobs(answered[sequence.id], sequence, temperature=self._options.temperature)
         return answered
 
 

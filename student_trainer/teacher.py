@@ -17,7 +17,7 @@ from services.contract.soft_labels import ScoredSequence
 from services.contract.spec import RunSpec
 from services.contract.teacher_addresses import require_own_addresses
 from services.contract.teacher_channel import teacher_access
-from student_trainer.alignment import verify_token_logprobs
+from student_trainer.alignment import blaming_teacher, verify_token_logprobs
 from student_trainer.data import Example
 from student_trainer.finetuned import finetuned_directory
 from student_trainer.label_source import LabelSource
@@ -33,8 +33,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Teacher:
-    """``source`` gives its labels; ``lm_head`` is there when they are exact."""
+    """``name`` is the run's; ``source`` gives its labels; ``lm_head`` is there when they are exact."""
 
+    name: str
     source: LabelSource
     info: TeacherInfo
     options: LabelOptions
@@ -50,7 +51,8 @@ class Teacher:
         """The difference in nats between labels and the log-probabilities beside them; LabelMismatchError beyond what
         rounding explains.
         """
-        return verify_token_logprobs(scored, sequence, head=self.lm_head, temperature=self.options.temperature)
+        with blaming_teacher(self.name):
+            return verify_token_logprobs(scored, sequence, head=self.lm_head, temperature=self.options.temperature)
 
     def projecting(self, head: OutputHead, *, vocab_size: int, dtype: torch.dtype) -> "Teacher":
         """The teacher whose labels are means of this student's ``head``, in the type that the loss multiplies with.
@@ -100,12 +102,14 @@ def connect_teacher(spec: RunSpec, *, tokenizer: PreTrainedTokenizerBase, settin
     TeacherUnavailableError where none answers, HandshakeError where it is another, UnsupportedError where it does not
     offer the encoding.
     """
+    assert spec.teacher is not None
     client = open_client(spec, tokenizer=tokenizer, settings=settings)
     try:
         options = label_options(spec.distillation)
         # A run that only learns the teacher's decodes needs no labels.
         lm_head = client.fetch_lm_head() if spec.alpha > 0 and options.encoding == "exact" else None
-        return Teacher(source=client, info=client.describe(), options=options, lm_head=lm_head)
+        info = client.describe()
+        return Teacher(name=spec.teacher.model, source=client, info=info, options=options, lm_head=lm_head)
     except BaseException:
         client.close()
         raise

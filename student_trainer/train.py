@@ -32,7 +32,7 @@ from student_trainer.run_directory import RunDirectory, spec_text, write_whole
 from student_trainer.student import load_student, load_tokenizer, output_head, save_student, vocabulary_size
 from student_trainer.teacher import Teacher, connect_teachers
 from student_trainer.trackers import Trackers
-from student_trainer.trainer import DistillationTrainer, Objective
+from student_trainer.trainer import DistillationTrainer, Objective, TeacherShare
 from student_trainer.watcher import Watcher, stop_on_signals
 
 log = logging.getLogger(__name__)
@@ -141,8 +141,8 @@ def _prepared(spec: RunSpec, settings: Settings, stopping: Callable[[], bool]) -
                 teachers = [one.projecting(output_head(model), vocab_size=vocab_size, dtype=dtype) for one in teachers]
             for teacher in teachers:
                 teacher.verify(examples[0])
-            sources, options = [teacher.source for teacher in teachers], teachers[0].options
-            labels = stack.enter_context(LabelPrefetcher(*sources, options=options, should_stop=stopping))
+            sources, options = {teacher.name: teacher.source for teacher in teachers}, teachers[0].options
+            labels = stack.enter_context(LabelPrefetcher(sources, options=options, should_stop=stopping))
             if spec.distillation.on_policy:
                 max_length = longest_example(spec, settings=settings, teacher_max_length=teacher_max_length)
                 on_policy = OnPolicy(
@@ -152,7 +152,7 @@ def _prepared(spec: RunSpec, settings: Settings, stopping: Callable[[], bool]) -
                     max_length=max_length,
                     stop_ids=stop_tokens(model, tokenizer),
                 )
-        heads = [teacher.head_on(training_device(), dtype=dtype) for teacher in teachers]
+        heads = {teacher.name: teacher.head_on(training_device(), dtype=dtype) for teacher in teachers}
         yield _Parts(
             tokenizer=tokenizer,
             model=model,
@@ -216,7 +216,7 @@ def _teachers(spec: RunSpec, tokenizer: PreTrainedTokenizerBase, settings: Setti
 
 def _objective(
     spec: RunSpec,
-    teacher_heads: list[OutputHead | None],
+    heads: Mapping[str, OutputHead | None],
     *,
     vocab_size: int,
     labels: LabelPrefetcher | None,
@@ -232,8 +232,11 @@ def _objective(
         labels=labels,
         on_policy=on_policy,
         chunk_size=spec.training.loss_chunk,
-        teacher_heads=teacher_heads,
-        weights=spec.teacher.shares if spec.teacher else (1.0,),
+        teachers={
+            name: TeacherShare(weight=weight, head=head)
+            # Without soft labels no teacher is asked, though the run may have one.
+            for (name, head), weight in zip(heads.items(), spec.teacher.shares if spec.teacher else (), strict=False)
+        },
     )
 
 

@@ -5,9 +5,8 @@ Shape suffixes: B sequences, T tokens, N response tokens, D hidden size.
 """
 
 import math
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,10 +17,12 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from services.contract.distillation_spec import Divergence
 from services.contract.errors import TrainingError
+from student_trainer.alignment import blaming_teacher
 from student_trainer.batch_alignment import require_aligned
 from student_trainer.data import Collate, Example, collate, model_inputs
 from student_trainer.held_out import measure_held_out
 from student_trainer.labels import LabelPrefetcher, mixed_targets, soft_targets, universal_targets
+from student_trainer.log_window import LogWindow
 from student_trainer.look_ahead import LookAhead
 from student_trainer.loss import LossSums, distillation_loss
 from student_trainer.machine import flops_per_token, model_flops_utilization, peak_memory_gib
@@ -37,10 +38,18 @@ STEPS_AHEAD = 4
 
 
 @dataclass(frozen=True, kw_only=True)
+class TeacherShare:
+    """What one teacher counts in the mean of all, and its output head where labels need it."""
+
+    weight: float
+    head: OutputHead | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Objective:
     """What is minimised; ``labels`` is None for supervised fine-tuning.
 
-    ``teacher_heads`` and ``weights``: each teacher's output head, where it is needed, and what it counts.
+    ``teachers``: by name, in the order of ``labels``.
     ``on_policy``: the steps that learn from the student's own responses; None where none does.
     """
 
@@ -51,8 +60,7 @@ class Objective:
     divergence: Divergence = "cross_entropy"
     beta: float = 0.5
     labels: LabelPrefetcher | None = None
-    teacher_heads: Sequence[OutputHead | None] = ()
-    weights: Sequence[float] = (1.0,)
+    teachers: Mapping[str, TeacherShare] = field(default_factory=dict)
     on_policy: OnPolicy | None = None
     chunk_size: int | None = None
 
@@ -84,7 +92,7 @@ class DistillationTrainer(Trainer):
         self._head_layer: torch.nn.Module = model.get_output_embeddings()
         self._collate = collate
         self._ahead: LookAhead | None = None
-        self._window = _Window(self.accelerator.device)
+        self._window = LogWindow(self.accelerator.device)
         self._observables = Observables(self.accelerator.device)
         self._held_out = held_out
         self._held_out_collate = held_out_collate
@@ -238,13 +246,15 @@ class DistillationTrainer(Trainer):
         if labels is None:
             return None
         taken = labels.take(inputs["ticket"])
-        parts = []
-        for scored, head in zip(taken.scored, self._objective.teacher_heads, strict=True):
+        teachers, parts = self._objective.teachers, []
+        for name, scored in taken.scored.items():
+            head = teachers[name].head
             part = soft_targets([one.labels for one in scored], teacher_head=head, device=self.accelerator.device)
             if isinstance(part, ExactTargets):
-                require_aligned(part, scored, taken.sequences)
+                with blaming_teacher(name):
+                    require_aligned(part, scored, taken.sequences)
             parts.append(part)
-        targets = mixed_targets(parts, weights=self._objective.weights)
+        targets = mixed_targets(parts, weights=[teachers[name].weight for name in taken.scored])
         examples = [self._examples[index] for index in inputs["record_B"].tolist()]
         return universal_targets(targets, examples) if examples[0].reading else targets
 
@@ -260,41 +270,3 @@ class DistillationTrainer(Trainer):
             f"the {what} is not finite at step {self.state.global_step + 1}{where}",
             fix="Lower the learning rate or max_grad_norm, or train in bf16 or fp32. Earlier checkpoints are whole.",
         )
-
-
-class _Window:
-    """Sums since the last log, kept on the device: hard loss, soft loss, response tokens, all tokens; of batches that
-    the student decoded response tokens, records and how many there were; micro-batches.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.restart()
-
-    def restart(self) -> None:
-        self.sums = torch.zeros(8, dtype=torch.float64, device=self._device)
-        self._started = time.monotonic()
-
-    def add(self, sums: LossSums, *, tokens: Tensor, decoded: int) -> None:
-        """``decoded``: records of an on-policy batch, 0 for any other."""
-        own = (sums.tokens, decoded, 1) if decoded else (0, 0, 0)
-        counts = torch.tensor([sums.tokens, *own, 1], dtype=self.sums.dtype, device=self._device)
-        terms = torch.stack([sums.hard.detach(), sums.soft.detach()])
-        self.sums += torch.cat([terms, counts[:1], tokens.unsqueeze(0), counts[1:]])
-
-    def metrics(self, sums: Sequence[float], *, alpha: float) -> dict[str, float]:
-        hard, soft, response_tokens, tokens, decoded_tokens, *_ = sums
-        learnt_tokens = response_tokens - decoded_tokens
-        return {
-            "loss": (hard + alpha * soft) / response_tokens,
-            # None of the tokens may have been learnt: then there is no such term.
-            **({"hard_loss": hard / learnt_tokens} if learnt_tokens else {}),
-            "soft_loss": soft / response_tokens,
-            "tokens_per_second": tokens / max(time.monotonic() - self._started, 1e-9),
-        }
-
-    def on_policy_metrics(self, sums: Sequence[float]) -> dict[str, float]:
-        """The share of steps that the student decoded for, and the mean length of its responses in tokens."""
-        *_, decoded_tokens, records, on_policy, micro_batches = sums
-        length = {"decoded_tokens": decoded_tokens / records} if records else {}
-        return {"on_policy_share": on_policy / micro_batches, **length}

@@ -1,7 +1,5 @@
 """Labels of batches that do not fit what the teacher tells of the tokens, one kind at a time, and those that do."""
 
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -10,15 +8,14 @@ import pytest
 import torch
 
 from services.contract.errors import LabelMismatchError
-from services.contract.sequences import LabelOptions, TokenSequence
+from services.contract.sequences import TokenSequence
 from services.contract.settings import Settings
-from services.contract.soft_labels import ExactLabels, ScoredSequence, TopKLabels, checked_positions, hash_sequence
+from services.contract.soft_labels import ExactLabels, ScoredSequence, checked_positions, hash_sequence
 from student_trainer.batch_alignment import require_aligned
-from student_trainer.label_source import LabelSource
 from student_trainer.output_head import OutputHead
 from student_trainer.targets import ExactTargets
-from student_trainer.teacher_client import TeacherClient
 from student_trainer.train import train
+from tests.trainer.misaligned import ENCODINGS, go_wrong, stopped
 from tests.trainer.runs import MakeRun
 
 VOCAB, WIDTH = 500, 64
@@ -153,36 +150,17 @@ def test_no_labelled_position_is_no_mismatch() -> None:
     require_aligned(ExactTargets(hidden_NE=torch.empty(0, WIDTH), head=head), [scored], [nothing])
 
 
-@pytest.mark.parametrize("labels", [LabelOptions(), LabelOptions(encoding="top_k", k=40)], ids=["exact", "top_k"])
+@pytest.mark.parametrize("encoding", ENCODINGS)
 def test_a_teacher_that_goes_wrong_in_mid_run_stops_it(
+    encoding: str,
     make_run: MakeRun,
     kd_settings: Settings,
-    labels: LabelOptions,
+    teacher_model: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """From the tenth answer on every hash is right, but the labels are those of the next position."""
-    plain, answered = TeacherClient.score, 0
-
-    def shifting(self: LabelSource, sequences: list[TokenSequence], options: LabelOptions) -> Iterator[ScoredSequence]:
-        nonlocal answered
-        for scored in plain(self, sequences, options):
-            answered += 1
-            yield _shifted(scored) if answered > 9 else scored
-
-    monkeypatch.setattr(TeacherClient, "score", shifting)
-    asked = {"encoding": labels.encoding} | ({"k": labels.k} if labels.k else {})
-    spec = make_run(alpha=1.0, distillation={"labels": asked}, training={"checkpoint_steps": 1})
-    with pytest.raises(LabelMismatchError, match=r"sequence 'record \d, batch .*log-probability that differs"):
+    go_wrong(monkeypatch, at=kd_settings.teacher_address)
+    distillation = {"labels": ENCODINGS[encoding]}
+    spec = make_run(alpha=1.0, distillation=distillation, training={"checkpoint_steps": 1})
+    with stopped(tmp_path / "run", teacher=teacher_model):
         train(spec, out=tmp_path / "run", settings=kd_settings)
-    assert not (tmp_path / "run" / "model").exists()
-    assert answered > 9
-
-
-def _shifted(scored: ScoredSequence) -> ScoredSequence:
-    labels = scored.labels
-    if isinstance(labels, ExactLabels):
-        return replace(scored, labels=ExactLabels(hidden_ND=np.roll(labels.hidden_ND, 1, axis=0)))
-    assert isinstance(labels, TopKLabels)
-    parts = {name: np.roll(getattr(labels, name), 1, axis=0) for name in ("ids_NK", "logprobs_NK", "tail_mass_N")}
-    return replace(scored, labels=TopKLabels(**parts))

@@ -18,6 +18,7 @@ from student_trainer.train import train
 from teacher_server.server import TeacherOptions
 from tests.teacher.serving import running_teacher
 from tests.trainer.conftest import RECORDS
+from tests.trainer.misaligned import ENCODINGS, go_wrong, stopped
 from tests.trainer.runs import MakeRun, assert_close_weights, assert_same_bits
 from tests.trainer.universal_reference import ULD, expected_pairs, mean_distance, metaspace_tokenizer
 
@@ -151,6 +152,27 @@ def test_every_encoding_trains_nearly_the_same_student(
         for chosen in ({"encoding": "exact"}, labels)
     ]
     assert_close_weights(*models, start=student_model, share=0.05)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_teacher_that_goes_wrong_in_mid_run_stops_it(
+    encoding: str,
+    make_run: MakeRun,
+    uld_settings: Settings,
+    other_teacher: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its labels are compared at its own tokens, of which the student has others."""
+    go_wrong(monkeypatch, at=uld_settings.teacher_address)
+    spec = make_run(
+        alpha=1.0,
+        teacher={"model": str(other_teacher)},
+        distillation=ULD | {"labels": ENCODINGS[encoding]},
+        training={"checkpoint_steps": 1},
+    )
+    with stopped(tmp_path / "run", teacher=other_teacher):
+        train(spec, out=tmp_path / "run", settings=uld_settings)
 
 
 def test_labels_in_files_train_the_same_student(

@@ -16,7 +16,7 @@ from services.contract.settings import Settings
 from services.evaluation.answering import Request, answer, encode_requests
 from services.evaluation.lookback.features import load_lens_model
 from services.evaluation.model import load_model
-from student_trainer import trainer
+from student_trainer import log_window, trainer
 from student_trainer.data import Example, encode_examples, model_inputs
 from student_trainer.encoder_decoder import collate_apart
 from student_trainer.loss import distillation_loss
@@ -25,6 +25,7 @@ from student_trainer.student import final_hidden_states, load_student, output_he
 from student_trainer.train import train
 from tests.trainer.conftest import RECORDS
 from tests.trainer.encoder_decoders import ARCHITECTURES, START, make_encoder_decoder
+from tests.trainer.misaligned import go_wrong, stopped
 from tests.trainer.runs import MakeRun, assert_same_bits
 from tests.trainer.universal_reference import ULD, mean_distance
 
@@ -139,6 +140,21 @@ def test_a_decoder_alone_teaches_it_across_tokenizers(
     soft = [point.value for point in points if point.name == "soft_loss"]
     assert soft[0] == pytest.approx(mean_distance(directory, teacher_model), rel=1e-4)
     assert soft[-1] < 0.7 * soft[0]
+
+
+def test_a_decoder_that_goes_wrong_in_mid_run_stops_it(
+    make: Callable[[str], Path],
+    make_run: MakeRun,
+    kd_settings: Settings,
+    teacher_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Prompt and response are one sequence for the teacher, and two for the student."""
+    go_wrong(monkeypatch, at=kd_settings.teacher_address)
+    spec = make_run(student={"model": str(make("bart"))}, alpha=1.0, distillation=ULD, training={"checkpoint_steps": 1})
+    with stopped(tmp_path / "run", teacher=teacher_model):
+        train(spec, out=tmp_path / "run", settings=kd_settings)
 
 
 def test_an_interrupted_run_with_adapters_and_held_out_records_gives_the_same_bits(
@@ -256,7 +272,7 @@ def test_speed_counts_what_both_halves_read_and_use_of_a_gpu_is_not_told(
     monkeypatch.setattr(trainer, "model_flops_utilization", lambda **_: 0.5)
     for name, directory in {"both halves": make("bart"), "decoder alone": student_model}.items():
         # A clock that moves one second whenever it is read: at the start and at each log.
-        monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=itertools.count().__next__))
+        monkeypatch.setattr(log_window, "time", SimpleNamespace(monotonic=itertools.count().__next__))
         points: list[MetricPoint] = []
         spec = make_run(student={"model": str(directory)}, batch_size=10, training={"epochs": 1})
         train(spec, out=tmp_path / name, settings=settings, on_metrics=points.extend)

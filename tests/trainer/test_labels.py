@@ -42,11 +42,11 @@ def test_each_batch_gets_its_own_labels_in_its_own_order(
             for example in examples
             for scored in client.score([label_request(example, id=str(example.index))], options)
         }
-    with LabelPrefetcher(TeacherClient(teacher_address), options=options) as labels:
+    with LabelPrefetcher({"teacher": TeacherClient(teacher_address)}, options=options) as labels:
         batches = [examples[3:6], [examples[9], examples[0]], examples[3:4]]
         tickets = [labels.request(batch) for batch in batches]
         for ticket, batch in reversed(list(zip(tickets, batches, strict=True))):
-            for scored, example in zip(labels.take(ticket).scored[0], batch, strict=True):
+            for scored, example in zip(labels.take(ticket).scored["teacher"], batch, strict=True):
                 expected = alone[str(example.index)]
                 assert scored.sequence_hash == expected.sequence_hash
                 np.testing.assert_allclose(scored.token_logprobs_P, expected.token_logprobs_P, atol=1e-4)
@@ -55,7 +55,7 @@ def test_each_batch_gets_its_own_labels_in_its_own_order(
 
 
 def test_the_wait_for_labels_is_measured(slow_teacher: str, examples: list[Example]) -> None:
-    with LabelPrefetcher(TeacherClient(slow_teacher), options=LabelOptions()) as labels:
+    with LabelPrefetcher({"teacher": TeacherClient(slow_teacher)}, options=LabelOptions()) as labels:
         ticket = labels.request(examples[:1])
         labels.take(ticket)
         assert labels.waited_seconds > 0.2
@@ -63,7 +63,7 @@ def test_the_wait_for_labels_is_measured(slow_teacher: str, examples: list[Examp
 
 def test_an_error_of_the_teacher_is_raised_in_the_step(teacher_address: str) -> None:
     beyond = Example(index=0, token_ids=[5, 100_000, 7], prompt_length=1)
-    with LabelPrefetcher(TeacherClient(teacher_address), options=LabelOptions()) as labels:
+    with LabelPrefetcher({"teacher": TeacherClient(teacher_address)}, options=LabelOptions()) as labels:
         ticket = labels.request([beyond])
         with pytest.raises(InvalidInputError, match="100000"):
             labels.take(ticket)
@@ -71,14 +71,14 @@ def test_an_error_of_the_teacher_is_raised_in_the_step(teacher_address: str) -> 
 
 def test_a_teacher_that_goes_away_is_an_error(tiny_model: Path, examples: list[Example]) -> None:
     with running_teacher(TeacherOptions(model=str(tiny_model), engine="mock", port=0)) as address:
-        labels = LabelPrefetcher(TeacherClient(address, patience_seconds=0.5), options=LabelOptions())
+        labels = LabelPrefetcher({"teacher": TeacherClient(address, patience_seconds=0.5)}, options=LabelOptions())
         labels.take(labels.request(examples[:1]))
     with labels, pytest.raises(TeacherError):
         labels.take(labels.request(examples[:1]))
 
 
 def test_closing_ends_requests_under_way_and_every_thread(slow_teacher: str, examples: list[Example]) -> None:
-    with LabelPrefetcher(TeacherClient(slow_teacher), options=LabelOptions()) as labels:
+    with LabelPrefetcher({"teacher": TeacherClient(slow_teacher)}, options=LabelOptions()) as labels:
         for _ in range(20):
             labels.request(examples)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("labels")]
@@ -86,7 +86,7 @@ def test_closing_ends_requests_under_way_and_every_thread(slow_teacher: str, exa
 
 def test_a_stop_ends_the_wait(slow_teacher: str, examples: list[Example]) -> None:
     client = TeacherClient(slow_teacher)
-    with LabelPrefetcher(client, options=LabelOptions(), should_stop=lambda: True) as labels:
+    with LabelPrefetcher({"teacher": client}, options=LabelOptions(), should_stop=lambda: True) as labels:
         ticket = labels.request(examples * 5)
         with pytest.raises(CancelledError):
             labels.take(ticket)

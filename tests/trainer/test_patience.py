@@ -7,6 +7,7 @@ import grpc
 import pytest
 
 from services.contract.errors import TeacherUnavailableError
+from services.contract.teacher_channel import TeacherAccess
 from student_trainer.patience import Patience
 
 LOADING, REFUSED = "connections to all backends failing; backend unhealthy", "failed to connect to all addresses"
@@ -59,7 +60,7 @@ def waited(patience: Patience, clock: Clock, details: str, *, most: float) -> fl
 
 def test_one_that_loads_is_waited_for_longer_and_one_that_dies_meanwhile_again(clock: Clock) -> None:
     def patience() -> Patience:
-        return Patience(seconds=100, address="a:1", known_model="m", closed=clock, warned=set())
+        return Patience(seconds=100, address="a:1", access=TeacherAccess(), known_model="m", closed=clock, warned=set())
 
     assert waited(patience(), clock, REFUSED, most=1e6) == pytest.approx(100, abs=5)
     assert waited(patience(), clock, LOADING, most=1e6) == pytest.approx(1500, abs=5)
@@ -76,7 +77,7 @@ def test_one_that_loads_is_waited_for_longer_and_one_that_dies_meanwhile_again(c
 
 
 def test_a_wait_is_told_of_once_unless_it_is_short(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
-    patience = Patience(seconds=100, address="a:1", known_model="", closed=clock, warned=set())
+    patience = Patience(seconds=100, address="a:1", access=TeacherAccess(), known_model="", closed=clock, warned=set())
     for _ in range(3):
         assert waited(patience, clock, REFUSED, most=4) >= 4
         patience.renew()

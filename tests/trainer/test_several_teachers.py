@@ -22,6 +22,7 @@ from student_trainer.train import train
 from teacher_server.server import TeacherOptions
 from tests.teacher.serving import running_teacher
 from tests.trainer.loss_reference import plain_logits, random_head
+from tests.trainer.misaligned import go_wrong, stopped
 from tests.trainer.runs import MakeRun, assert_close_weights, sharp_model
 from tests.trainer.test_divergences import DIVERGENCES
 
@@ -209,6 +210,26 @@ def test_a_run_learns_the_mean_of_two_served_teachers(
     card = (model / "README.md").read_text()
     assert f"| teacher | {teacher_model}, weight 0.75 |" in card
     assert f"| another teacher | {other_model}, weight 0.25 |" in card
+
+
+@pytest.mark.parametrize("encoding", ["exact", "full"])
+@pytest.mark.parametrize("wrong", ["first", "other"])
+def test_any_of_them_that_goes_wrong_in_mid_run_stops_it(
+    wrong: str,
+    encoding: str,
+    make_mixed_run: Callable,
+    both_settings: Settings,
+    teacher_model: Path,
+    other_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And is named, whichever it is."""
+    model = {"first": teacher_model, "other": other_model}[wrong]
+    go_wrong(monkeypatch, at=both_settings.address_of(str(model)))
+    spec = make_mixed_run(distillation={"labels": {"encoding": encoding}}, training={"checkpoint_steps": 1})
+    with stopped(tmp_path / "run", teacher=model):
+        train(spec, out=tmp_path / "run", settings=both_settings)
 
 
 def test_on_policy_steps_are_scored_by_all_teachers(
