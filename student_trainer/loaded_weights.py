@@ -7,17 +7,16 @@ import grpc
 
 from services.contract.errors import HandshakeError
 from services.contract.teacher.v1 import teacher_service_pb2 as pb
-from student_trainer.teacher_errors import translate
+from student_trainer.teacher_errors import told_by_server
 
 log = logging.getLogger(__name__)
 
 
 class LoadedWeights:
-    """``load``: has every replica behind ``address`` serve the weights of a name, empty for those at their start."""
+    """``load``: has every replica serve the weights of a name, empty for those at their start."""
 
-    def __init__(self, load: Callable[[str], pb.LoadModelResponse], *, address: str) -> None:
+    def __init__(self, load: Callable[[str], pb.LoadModelResponse]) -> None:
         self._load = load
-        self._address = address
         self._name = ""
         self._loaded: pb.LoadModelResponse | None = None
 
@@ -44,7 +43,7 @@ class LoadedWeights:
 
     def are_back(self, error: grpc.RpcError) -> bool:
         """Whether a request failed with ``error`` because the teacher went over to others, and they are back now."""
-        told = translate(error, address=self._address)
+        told = told_by_server(error)
         if self._loaded is None or not isinstance(told, HandshakeError):
             return False
         log.info("%s; having %s loaded again", told.what, self._loaded.model)

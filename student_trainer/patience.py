@@ -7,8 +7,10 @@ import time
 
 import grpc
 
+from services.contract.connection_problems import STARTING, connection_problem
 from services.contract.errors import HandshakeError
-from student_trainer.teacher_errors import is_starting, is_worth_another_try, seconds_told_to_wait, translate
+from services.contract.teacher_channel import TeacherAccess
+from student_trainer.teacher_errors import is_worth_another_try, seconds_told_to_wait, translate
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +33,18 @@ class Patience:
     """
 
     def __init__(
-        self, *, seconds: float, address: str, known_model: str, closed: threading.Event, warned: set[str]
+        self,
+        *,
+        seconds: float,
+        address: str,
+        access: TeacherAccess,
+        known_model: str,
+        closed: threading.Event,
+        warned: set[str],
     ) -> None:
         self._seconds = seconds
         self._address = address
+        self._access = access
         self._known_model = known_model
         self._closed = closed
         self._warned = warned
@@ -51,17 +61,21 @@ class Patience:
 
     def wait_or_raise(self, error: grpc.RpcError) -> None:
         """Returns when the request is to be made again; else raises what ``error`` means."""
-        meaning = translate(error, address=self._address, model=self._known_model)
-        astray = isinstance(meaning, HandshakeError) and bool(self._known_model)
+        met_before = bool(self._known_model)
+        problem = connection_problem(
+            error.details(), address=self._address, access=None if met_before else self._access
+        )
+        meaning = translate(error, address=self._address, problem=problem, model=self._known_model)
+        astray = isinstance(meaning, HandshakeError) and met_before
         told = seconds_told_to_wait(error)
         again = (
             astray
             or told is not None
-            or is_worth_another_try(error, progressed=self._progressed, met_before=bool(self._known_model))
+            or is_worth_another_try(error, problem=problem, progressed=self._progressed, met_before=met_before)
         )
         self._progressed = False
         pause = self._next_pause(told, astray=astray)
-        now, ends = time.monotonic(), self._ends(starting=is_starting(error))
+        now, ends = time.monotonic(), self._ends(starting=problem is STARTING)
         if not again or now + pause > ends:
             raise meaning from error
         if astray:

@@ -12,21 +12,9 @@ from typing import Any, TypeVar
 
 import grpc
 
-from services.contract.errors import (
-    CancelledError,
-    InvalidInputError,
-    LabelMismatchError,
-    StudentHeadMissingError,
-)
+from services.contract.errors import CancelledError, InvalidInputError, StudentHeadMissingError
 from services.contract.lm_head import LmHead
-from services.contract.sequences import (
-    Continuation,
-    DecodeOptions,
-    Encoding,
-    LabelOptions,
-    Prompt,
-    TokenSequence,
-)
+from services.contract.sequences import Continuation, DecodeOptions, Encoding, LabelOptions, Prompt, TokenSequence
 from services.contract.soft_labels import ScoredSequence, decode_labels
 from services.contract.teacher.v1 import teacher_service_pb2 as pb
 from services.contract.teacher.v1.teacher_service_pb2_grpc import TeacherServiceStub
@@ -38,10 +26,16 @@ from student_trainer.loaded_weights import LoadedWeights
 from student_trainer.patience import Patience
 from student_trainer.releases import blaming_releases, require_readable_labels
 from student_trainer.student_head import MOST_REPLICAS, StudentHead
-from student_trainer.teacher_errors import translate
+from student_trainer.teacher_errors import told_by_server
 from student_trainer.teacher_info import TeacherInfo, teacher_info
 from student_trainer.teacher_loading import load_on_every_replica
-from student_trainer.teacher_requests import generate_request, one_request, read_continuation, score_request
+from student_trainer.teacher_requests import (
+    generate_request,
+    one_request,
+    read_continuation,
+    score_request,
+    unexpected_answer,
+)
 from student_trainer.tracing import traced_stream
 
 Item = TypeVar("Item", TokenSequence, Prompt)
@@ -78,7 +72,7 @@ class TeacherClient:
         self._closed = threading.Event()
         self._warned: set[str] = set()
         self._info: TeacherInfo | None = None
-        self._weights = LoadedWeights(self._load_on_every_replica, address=address)
+        self._weights = LoadedWeights(self._load_on_every_replica)
         self._student_head: StudentHead | None = None
 
     def __enter__(self) -> "TeacherClient":
@@ -223,11 +217,16 @@ class TeacherClient:
                 self._require_open()
                 if not self._weights.are_back(error):
                     patience.wait_or_raise(error)
+            except ValueError:
+                # gRPC's own, where the channel is closed just before a call.
+                self._require_open()
+                raise
 
     def _patience(self) -> Patience:
         return Patience(
             seconds=self._patience_seconds,
             address=self.address,
+            access=self._access,
             known_model=self._info.model if self._info else "",
             closed=self._closed,
             warned=self._warned,
@@ -259,7 +258,7 @@ class TeacherClient:
                 stream = ask(asked.values())
                 for message in stream:
                     if message.id not in asked:
-                        raise _unexpected(message.id, missing=False)
+                        raise unexpected_answer(message.id, missing=False)
                     item = asked.pop(message.id)
                     answer = read(message, item)
                     del missing[item.id]
@@ -270,9 +269,12 @@ class TeacherClient:
                 sent = self._sent_missing_head(error, patience, missed_at=head_sent)
                 if not sent and not self._weights.are_back(error):
                     patience.wait_or_raise(error)
+            except ValueError:
+                self._require_open()
+                raise
             else:
                 if asked:
-                    raise _unexpected(next(iter(asked)), missing=True)
+                    raise unexpected_answer(next(iter(asked)), missing=True)
             finally:
                 if stream is not None:
                     stream.cancel()
@@ -280,7 +282,7 @@ class TeacherClient:
     def _sent_missing_head(self, error: grpc.RpcError, patience: Patience, *, missed_at: int) -> bool:
         """Whether the request failed for want of the student's head, which is there now."""
         head = self._student_head
-        told = translate(error, address=self.address)
+        told = told_by_server(error)
         if head is None or not isinstance(told, StudentHeadMissingError) or patience.misses >= MOST_REPLICAS:
             return False
         patience.misses += 1
@@ -292,8 +294,3 @@ class TeacherClient:
             misses=patience.misses,
         )
         return True
-
-
-def _unexpected(sequence_id: str, *, missing: bool) -> LabelMismatchError:
-    what = "left out" if missing else "answered unasked, or twice,"
-    return LabelMismatchError(f"the teacher {what} sequence {sequence_id!r}", fix="Restart the teacher.")

@@ -6,13 +6,19 @@ import grpc
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+from services.contract.connection_problems import ConnectionProblem
 from services.contract.errors import HandshakeError, SmoothKDError, TeacherError, TeacherUnavailableError, error_class
-from services.contract.teacher_channel import REPLICA_KEY, STARTING, connection_problem
+from services.contract.teacher_channel import REPLICA_KEY
 
 
-def translate(error: grpc.RpcError, *, address: str, model: str = "") -> SmoothKDError:
-    """The error that the server raised where it said so with ErrorInfo, else what the failure of the call means."""
-    told = _told_by_server(error)
+def translate(
+    error: grpc.RpcError, *, address: str, problem: ConnectionProblem | None, model: str = ""
+) -> SmoothKDError:
+    """The error that the server raised where it said so with ErrorInfo, else what the failure of the call means.
+
+    ``problem``: of the connection, where one is known.
+    """
+    told = told_by_server(error)
     if told is not None:
         return told
     code = error.code()
@@ -22,7 +28,6 @@ def translate(error: grpc.RpcError, *, address: str, model: str = "") -> SmoothK
     )
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
         details = {"address": address, "grpc": str(error.details())}
-        problem = connection_problem(error.details())
         if problem is not None:
             return TeacherUnavailableError(f"the teacher at {address} {problem.what}", fix=problem.fix, details=details)
         return TeacherUnavailableError(f"no teacher answers at {address}", fix=fix, details=details)
@@ -37,37 +42,8 @@ def translate(error: grpc.RpcError, *, address: str, model: str = "") -> SmoothK
     )
 
 
-def is_worth_another_try(error: grpc.RpcError, *, progressed: bool, met_before: bool) -> bool:
-    """Whether the same request may succeed later: the teacher is away, or ran out of time while it was answering.
-
-    Certificates that do not fit stay so, unless the teacher has been reached before: then one replica of several is
-    wrong while the others are away.
-    """
-    code = error.code()
-    problem = connection_problem(error.details())
-    if problem is not None and problem.lasting and not met_before:
-        return False
-    # A teacher that stops cancels its streams; the client's own cancellation never comes back as an error.
-    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
-        return True
-    return progressed and code is grpc.StatusCode.DEADLINE_EXCEEDED
-
-
-def is_starting(error: grpc.RpcError) -> bool:
-    """Whether replicas are there, but none serves yet."""
-    return connection_problem(error.details()) is STARTING
-
-
-def seconds_told_to_wait(error: grpc.RpcError) -> float | None:
-    """When a teacher that is overloaded wants to be asked again; None for every other failure."""
-    for detail in _details(error):
-        info = error_details_pb2.RetryInfo()
-        if detail.Unpack(info):
-            return float(info.retry_delay.ToTimedelta().total_seconds())
-    return None
-
-
-def _told_by_server(error: grpc.RpcError) -> SmoothKDError | None:
+def told_by_server(error: grpc.RpcError) -> SmoothKDError | None:
+    """The error that the server itself raised and sent with ErrorInfo; None where the call failed otherwise."""
     for detail in _details(error):
         info = error_details_pb2.ErrorInfo()
         if detail.Unpack(info) and info.domain == "smoothkd":
@@ -79,6 +55,32 @@ def _told_by_server(error: grpc.RpcError) -> SmoothKDError | None:
                 details["replica"] = str(replica)
                 what = f"{what} (replica {details['replica']})" if kind is HandshakeError else what
             return kind(what, fix=fix, details=details)
+    return None
+
+
+def is_worth_another_try(
+    error: grpc.RpcError, *, problem: ConnectionProblem | None, progressed: bool, met_before: bool
+) -> bool:
+    """Whether the same request may succeed later: the teacher is away, or ran out of time while it was answering.
+
+    Certificates that do not fit stay so, unless the teacher has been reached before: then one replica of several is
+    wrong while the others are away.
+    """
+    code = error.code()
+    if problem is not None and problem.lasting and not met_before:
+        return False
+    # A teacher that stops cancels its streams; the client's own cancellation never comes back as an error.
+    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+        return True
+    return progressed and code is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+def seconds_told_to_wait(error: grpc.RpcError) -> float | None:
+    """When a teacher that is overloaded wants to be asked again; None for every other failure."""
+    for detail in _details(error):
+        info = error_details_pb2.RetryInfo()
+        if detail.Unpack(info):
+            return float(info.retry_delay.ToTimedelta().total_seconds())
     return None
 
 

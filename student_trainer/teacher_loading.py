@@ -19,7 +19,7 @@ from services.contract.teacher.v1 import teacher_service_pb2 as pb
 from services.contract.teacher.v1.teacher_service_pb2_grpc import TeacherServiceStub
 from services.contract.teacher_channel import TeacherAccess, open_replica_channels
 from student_trainer.patience import Patience
-from student_trainer.teacher_errors import translate
+from student_trainer.teacher_errors import told_by_server
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def load_on_every_replica(
 
     def load(channel: grpc.Channel) -> pb.LoadModelResponse | SmoothKDError:
         try:
-            return _load(channel, model, address=address, patience_seconds=seconds, closed=closed)
+            return _load(channel, model, address=address, access=access, patience_seconds=seconds, closed=closed)
         except (TeacherUnavailableError, HandshakeError, InvalidInputError) as error:
             return error
 
@@ -77,10 +77,18 @@ def load_on_every_replica(
 
 
 def _load(
-    channel: grpc.Channel, model: str, *, address: str, patience_seconds: float, closed: threading.Event
+    channel: grpc.Channel,
+    model: str,
+    *,
+    address: str,
+    access: TeacherAccess,
+    patience_seconds: float,
+    closed: threading.Event,
 ) -> pb.LoadModelResponse:
     stub = TeacherServiceStub(channel)
-    patience = Patience(seconds=patience_seconds, address=address, known_model="", closed=closed, warned=set())
+    patience = Patience(
+        seconds=patience_seconds, address=address, access=access, known_model="", closed=closed, warned=set()
+    )
     ends = time.monotonic() + TURN_SECONDS
     waits = False
     while not closed.is_set():
@@ -88,7 +96,7 @@ def _load(
             answer: pb.LoadModelResponse = stub.LoadModel(pb.LoadModelRequest(model=model), timeout=LOAD_SECONDS)
             return answer
         except grpc.RpcError as error:
-            meaning = translate(error, address=address, model=model)
+            meaning = told_by_server(error)
             if not isinstance(meaning, OverloadedError) or time.monotonic() > ends:
                 patience.wait_or_raise(error)
                 continue

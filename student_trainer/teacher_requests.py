@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterable
 from typing import TypeVar
 
+from services.contract.errors import LabelMismatchError
 from services.contract.sequences import Continuation, DecodeOptions, LabelOptions, Prompt, TokenSequence
 from services.contract.soft_labels import MAX_REQUEST_BYTES, WIRE_ENCODINGS
 from services.contract.teacher.v1 import teacher_service_pb2 as pb
@@ -69,3 +70,9 @@ def one_request(missing: dict[str, Item], *, max_sequences: int) -> dict[str, It
             break
         asked[id] = item
     return asked
+
+
+def unexpected_answer(sequence_id: str, *, missing: bool) -> LabelMismatchError:
+    """The error for a teacher that says more, or less, than it was asked."""
+    what = "left out" if missing else "answered unasked, or twice,"
+    return LabelMismatchError(f"the teacher {what} sequence {sequence_id!r}", fix="Restart the teacher.")

@@ -7,6 +7,7 @@ from typing import Protocol
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from services.contract.connection_problems import connection_problem
 from services.contract.errors import (
     AuthenticationError,
     DatasetError,
@@ -24,7 +25,7 @@ from services.contract.spec import SweepSpec
 from services.contract.teacher.v1 import teacher_service_pb2 as wire
 from services.contract.teacher.v1 import teacher_service_pb2_grpc as wire_grpc
 from services.contract.teacher_addresses import require_own_addresses
-from services.contract.teacher_channel import connection_problem, open_teacher_channel, teacher_access
+from services.contract.teacher_channel import open_teacher_channel, teacher_access
 from services.contract.teacher_spec import OtherTeacherSpec, TeacherSpec
 from services.datasets.questions import check_questions
 from services.datasets.reading import check_dataset, check_items
@@ -48,8 +49,8 @@ def probe_teacher(settings: Settings, *, model: str) -> wire.GetTeacherResponse:
     TeacherUnavailableError when nothing answers at its address, or what answers is not ready; AuthenticationError
     when it wants another token; HandshakeError when it serves another model.
     """
-    address = settings.address_of(model)
-    with open_teacher_channel(address, access=teacher_access(settings), balanced=False) as channel:
+    address, access = settings.address_of(model), teacher_access(settings)
+    with open_teacher_channel(address, access=access, balanced=False) as channel:
         try:
             health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=PROBE_SECONDS)
             if health.status != health_pb2.HealthCheckResponse.SERVING:
@@ -61,7 +62,7 @@ def probe_teacher(settings: Settings, *, model: str) -> wire.GetTeacherResponse:
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.UNAUTHENTICATED:
                 raise _refused(error, address=address) from None
-            problem = connection_problem(error.details())
+            problem = connection_problem(error.details(), address=address, access=access)
             raise TeacherUnavailableError(
                 f"no teacher answers at {address} ({error.code().name}: {error.details()})"
                 if problem is None

@@ -38,16 +38,18 @@ def teacher_problem(settings: Settings) -> str | None:
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-    from services.contract.teacher_channel import connection_problem, open_teacher_channel, teacher_access
+    from services.contract.connection_problems import connection_problem
+    from services.contract.teacher_channel import open_teacher_channel, teacher_access
 
     address = settings.resolved_teacher_address
     try:
-        with open_teacher_channel(address, access=teacher_access(settings), balanced=False) as channel:
+        access = teacher_access(settings)
+        with open_teacher_channel(address, access=access, balanced=False) as channel:
             answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=3)
     except SmoothKDError as error:
         return f"{error.what}. {error.fix}"
     except grpc.RpcError as error:
-        problem = connection_problem(error.details())
+        problem = connection_problem(error.details(), address=address, access=access)
         return f"{address} {problem.what}. {problem.fix}" if problem else f"no teacher answers at {address}"
     serving = health_pb2.HealthCheckResponse.SERVING
     return None if answer.status == serving else f"{address} is starting or stopping"

@@ -10,6 +10,7 @@ import re
 import socket
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -17,6 +18,7 @@ import grpc
 from services.contract.errors import InvalidInputError, TeacherUnavailableError
 from services.contract.settings import Settings
 from services.contract.soft_labels import MAX_MESSAGE_BYTES
+from services.contract.teacher.v1.teacher_service_pb2_grpc import TeacherServiceStub
 from services.contract.tls import read_authorities, read_identity
 
 logger = logging.getLogger(__name__)
@@ -45,10 +47,18 @@ _OPTIONS = (
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherAccess:
-    """``token`` is sent with every call where it is not empty; ``tls`` None speaks plain text to plain addresses."""
+    """``token`` is sent with every call where it is not empty; ``tls`` None speaks plain text to plain addresses.
+
+    ``own_files``: certificate and key that ``tls`` shows, for finding out why a teacher refuses them.
+    """
 
     token: str = field(default="", repr=False)
     tls: grpc.ChannelCredentials | None = None
+    own_files: tuple[Path, Path] | None = None
+
+    def encrypts(self, address: str) -> bool:
+        """Whether what is said to the teacher at ``address`` goes through TLS."""
+        return self.tls is not None or address.startswith(TLS_PREFIX)
 
 
 def teacher_access(settings: Settings) -> TeacherAccess:
@@ -66,7 +76,9 @@ def teacher_access(settings: Settings) -> TeacherAccess:
         private_key=identity.key if identity else None,
         certificate_chain=identity.certificates if identity else None,
     )
-    return TeacherAccess(token=token, tls=credentials)
+    certificate, key = settings.teacher_tls_certificate, settings.teacher_tls_key
+    own_files = (certificate, key) if certificate is not None and key is not None else None
+    return TeacherAccess(token=token, tls=credentials, own_files=own_files)
 
 
 def open_teacher_channel(
@@ -84,7 +96,7 @@ def open_teacher_channel(
     numeric target's certificate bears. ``metadata`` is asked for more of it at each call. InvalidInputError for an
     address that is none.
     """
-    encrypted = access.tls is not None or address.startswith(TLS_PREFIX)
+    encrypted = access.encrypts(address)
     address = address.removeprefix(TLS_PREFIX)
     options: list[tuple[str, Any]] = [*_OPTIONS, ("grpc.service_config", _service_config(balanced=balanced))]
     replicas = _listed_replicas(address)
@@ -100,6 +112,9 @@ def open_teacher_channel(
         if encrypted
         else grpc.insecure_channel(target, options=options)
     )
+    # Registers the methods with gRPC, which does so at a method's first call otherwise, and crashes where another thread
+    # has closed the channel by then.
+    TeacherServiceStub(channel)
     token = (("authorization", f"Bearer {access.token}"),) if access.token else ()
 
     def everything() -> Metadata:
@@ -207,58 +222,3 @@ class _AddMetadata(
 
     def _extended(self, details: Any) -> Any:
         return details._replace(metadata=(*(details.metadata or ()), *self._more()))
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConnectionProblem:
-    """Why no call can be made: ``what`` the teacher does, and what to do. ``lasting``: waiting does not help."""
-
-    words: tuple[str, ...]
-    what: str
-    fix: str
-    lasting: bool = True
-
-
-def connection_problem(details: str | None) -> ConnectionProblem | None:
-    """What gRPC's words about a failed connection mean; None where they say no more than that."""
-    return next((each for each in _PROBLEMS if all(word in (details or "") for word in each.words)), None)
-
-
-STARTING = ConnectionProblem(
-    words=("backend unhealthy",),
-    what="is starting or stopping",
-    fix="Wait until it serves; its log says how far it is.",
-    lasting=False,
-)
-_PROBLEMS = (
-    STARTING,
-    ConnectionProblem(
-        words=("CERTIFICATE_VERIFY_FAILED", "expired"),
-        what="shows a certificate that has expired",
-        fix="Renew the teacher's certificate and start it again.",
-    ),
-    ConnectionProblem(
-        words=("CERTIFICATE_VERIFY_FAILED",),
-        what="shows a certificate that no authority trusted here has signed",
-        fix="Set SMOOTHKD_TEACHER_TLS_CA on this side to the certificate of the authority that signed the teacher's.",
-    ),
-    ConnectionProblem(
-        words=("Hostname Verification",),
-        what="shows a certificate for another name",
-        fix="Ask for the teacher by a name in its certificate, or issue one that names this host or address.",
-    ),
-    ConnectionProblem(
-        words=("WRONG_VERSION_NUMBER",),
-        what="speaks no TLS, but this side wants it",
-        fix="Start the teacher with SMOOTHKD_TEACHER_TLS_CERTIFICATE and _KEY, or unset tls:// and the certificates "
-        "here.",
-    ),
-    ConnectionProblem(
-        words=("last error", "Socket closed"),
-        what="hangs up before a call can be made, as one does that wants TLS or a student's certificate",
-        fix="Where the teacher uses TLS, set SMOOTHKD_TEACHER_TLS_CA here; where it demands certificates of students, "
-        "SMOOTHKD_TEACHER_TLS_CERTIFICATE and _KEY too, signed by an authority that it trusts.",
-        # So does one that is just being killed.
-        lasting=False,
-    ),
-)

@@ -1,6 +1,8 @@
 """What the client makes of a teacher that answers wrongly, of heads on disk, and of misaligned labels."""
 
 import contextlib
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from dataclasses import replace
@@ -30,6 +32,7 @@ from services.contract.teacher.v1.teacher_service_pb2_grpc import (
 )
 from student_trainer.alignment import FLOAT_TOLERANCE, verify_token_logprobs
 from student_trainer.teacher_client import TeacherClient
+from tests.teacher.serving import REPOSITORY
 
 SEQUENCES = [TokenSequence(id=name, token_ids=[1, 2, 3, 4], label_positions=[1, 2]) for name in ("a", "b")]
 HEAD_MESSAGE_ROWS = 3
@@ -315,3 +318,21 @@ def test_labels_of_the_neighbouring_position_do_not_verify(encoding: Any, mock_t
     mixed = replace(scored, labels=off_by_one.labels)
     with pytest.raises(LabelMismatchError, match="of sequence 'x'"):
         verify_token_logprobs(mixed, here, head=head)
+
+
+def test_a_client_that_another_thread_closes_just_before_a_call_is_cancelled() -> None:
+    """In a process of its own, which gRPC would end with a segmentation fault."""
+    code = (
+        "from services.contract.errors import CancelledError\n"
+        "from student_trainer.teacher_client import TeacherClient\n"
+        "class ClosedInBetween(TeacherClient):\n"
+        "    def _require_open(self):\n"
+        "        super()._require_open()\n"
+        "        self.close()\n"
+        "try:\n"
+        "    ClosedInBetween('127.0.0.1:1').describe()\n"
+        "except CancelledError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "the connection to the teacher was closed while it was in use\n")
