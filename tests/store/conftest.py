@@ -1,4 +1,4 @@
-"""A store on SQLite and one on PostgreSQL, each with a database of the test's own."""
+"""A store on SQLite and one on PostgreSQL, each with a database of the test's own, and a queue's server."""
 
 import uuid
 from collections.abc import Iterator
@@ -8,6 +8,7 @@ import psycopg
 import pytest
 
 from services.store.store import Store
+from tests.store.redis_server import RedisServer
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -30,6 +31,15 @@ def sqlite_store(tmp_path: Path) -> Iterator[Store]:
     store = Store(f"sqlite:///{tmp_path / 'store.db'}")
     yield store
     store.close()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[RedisServer]:
+    """A queue's server of the test's own, to be killed and started again."""
+    server = RedisServer(tmp_path)
+    server.start()
+    yield server
+    server.kill()
 
 
 @pytest.fixture(scope="session")

@@ -16,14 +16,6 @@ from tests.store.redis_server import RedisServer
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[RedisServer]:
-    server = RedisServer(tmp_path)
-    server.start()
-    yield server
-    server.kill()
-
-
-@pytest.fixture
 def queue(server: RedisServer) -> Iterator[Queue]:
     queue = Queue(server.url)
     yield queue

@@ -46,6 +46,14 @@ class Squares:
         return [number**2 for number in numbers]
 
 
+async def held(squares: Squares, gathered: Gathered[int, int]) -> asyncio.Task[int]:
+    """A batch of the number 1 alone, which is under way until ``may_go``."""
+    squares.may_go.clear()
+    first = asyncio.create_task(gathered(1))
+    await asyncio.to_thread(squares.begun.wait, 30)
+    return first
+
+
 @run_async
 async def test_what_arrives_together_is_computed_together(executor: ThreadPoolExecutor) -> None:
     squares = Squares()
@@ -58,10 +66,8 @@ async def test_what_arrives_together_is_computed_together(executor: ThreadPoolEx
 @run_async
 async def test_what_arrives_meanwhile_is_the_next_batch(executor: ThreadPoolExecutor) -> None:
     squares = Squares()
-    squares.may_go.clear()
     gathered = Gathered(squares, executor=executor, most=4)
-    first = asyncio.create_task(gathered(1))
-    await asyncio.to_thread(squares.begun.wait, 30)
+    first = await held(squares, gathered)
     rest = [asyncio.create_task(gathered(number)) for number in (2, 3)]
     await asyncio.sleep(0)
     squares.may_go.set()
@@ -82,10 +88,8 @@ async def test_an_error_reaches_only_its_cause(executor: ThreadPoolExecutor) -> 
 @run_async
 async def test_whoever_gave_up_while_waiting_costs_nothing(executor: ThreadPoolExecutor) -> None:
     squares = Squares()
-    squares.may_go.clear()
     gathered = Gathered(squares, executor=executor, most=4)
-    first = asyncio.create_task(gathered(1))
-    await asyncio.to_thread(squares.begun.wait, 30)
+    first = await held(squares, gathered)
     given_up, patient = asyncio.create_task(gathered(2)), asyncio.create_task(gathered(3))
     await asyncio.sleep(0)
     given_up.cancel()

@@ -148,6 +148,17 @@ def projected_targets(probs: Tensor, head: OutputHead, vocab_size: int) -> Proje
     return ProjectedTargets(embedding_ND=probs @ head.weight_RD[:vocab_size].detach(), bias_N=bias)
 
 
+def reference_of(case: dict, **options) -> tuple[Tensor, Tensor, Tensor]:
+    return reference(
+        case["hidden"],
+        token_ids=case["token_ids"],
+        head=case["head"],
+        vocab_size=case["vocab_size"],
+        targets=case["targets"],
+        **options,
+    )
+
+
 def fused(case: dict, *, alpha: float, temperature: float, chunk_size: int | None = None, **options):
     return distillation_loss(
         case["hidden"],

@@ -9,7 +9,7 @@ from torch import Tensor
 from student_trainer.loss import distillation_loss
 from student_trainer.output_head import OutputHead
 from student_trainer.targets import FullTargets
-from tests.trainer.loss_reference import fused, gradients, random_case, reference
+from tests.trainer.loss_reference import fused, gradients, random_case, reference_of
 
 
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
@@ -40,16 +40,7 @@ def test_values_and_gradients_equal_plain_autograd(
     divergence, options = DIVERGENCES[name]
     case = random_case(seed, kind, temperature=temperature)
     sums = fused(case, alpha=alpha, temperature=temperature, divergence=name.split()[0], **options)
-    expected = reference(
-        case["hidden"],
-        token_ids=case["token_ids"],
-        head=case["head"],
-        vocab_size=case["vocab_size"],
-        targets=case["targets"],
-        alpha=alpha,
-        temperature=temperature,
-        divergence=divergence,
-    )
+    expected = reference_of(case, alpha=alpha, temperature=temperature, divergence=divergence)
     torch.testing.assert_close(torch.stack(sums[:3]), torch.stack(expected).detach().double(), rtol=1e-9, atol=1e-9)
     for actual, wanted in zip(gradients(sums.total, case), gradients(expected[0], case), strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-8, atol=1e-9)

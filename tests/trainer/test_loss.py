@@ -10,13 +10,14 @@ from torch import Tensor
 from student_trainer.loss import distillation_loss
 from student_trainer.output_head import OutputHead
 from student_trainer.targets import ExactTargets, FullTargets, TopKTargets
+from tests.largest_tensor import LargestTensor
 from tests.trainer.loss_reference import (
     KINDS,
     fused,
     gradients,
     plain_logits,
     random_case,
-    reference,
+    reference_of,
     top_k_targets,
 )
 
@@ -27,16 +28,7 @@ from tests.trainer.loss_reference import (
 def test_values_and_gradients_equal_plain_autograd(kind: str, alpha: float, temperature: float, seed: int) -> None:
     case = random_case(seed, kind, temperature=temperature)
     sums = fused(case, alpha=alpha, temperature=temperature)
-    expected = reference(
-        case["hidden"],
-        token_ids=case["token_ids"],
-        head=case["head"],
-        vocab_size=case["vocab_size"],
-        targets=case["targets"],
-        alpha=alpha,
-        temperature=temperature,
-        dense_label=case["dense_label"],
-    )
+    expected = reference_of(case, alpha=alpha, temperature=temperature, dense_label=case["dense_label"])
     torch.testing.assert_close(torch.stack(sums[:3]), torch.stack(expected).detach().double(), rtol=1e-9, atol=1e-9)
     assert sums.tokens == len(case["token_ids"])
     # A divisor outside, as the trainer's, must reach every gradient.
@@ -192,21 +184,11 @@ def test_sft_equals_the_model_own_loss(tiny_model: Path) -> None:
 
 def test_no_tensor_of_all_positions_by_the_vocabulary_is_made() -> None:
     """The largest tensor that any operation returns is one chunk's logits, forward and backward."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    sizes: list[int] = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            sizes.extend(part.numel() for part in torch.utils._pytree.tree_leaves(result) if isinstance(part, Tensor))
-            return result
-
     positions, vocab_size, chunk = 256, 1000, 8
     hidden = torch.randn(positions, 4, requires_grad=True)
     weight = torch.randn(vocab_size, 4, requires_grad=True)
     targets = ExactTargets(hidden_NE=torch.randn(positions, 6), head=OutputHead(weight_RD=torch.randn(vocab_size, 6)))
-    with Watch():
+    with LargestTensor() as made:
         sums = distillation_loss(
             hidden,
             token_ids_N=torch.zeros(positions, dtype=torch.int64),
@@ -217,7 +199,7 @@ def test_no_tensor_of_all_positions_by_the_vocabulary_is_made() -> None:
             chunk_size=chunk,
         )
         sums.total.backward()
-    assert max(sizes) == chunk * vocab_size
+    assert made.elements == chunk * vocab_size
 
 
 def test_no_positions_cost_nothing() -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 from student_trainer.loss import distillation_loss
 from student_trainer.output_head import OutputHead
 from student_trainer.targets import ExactTargets, FullTargets, TopKTargets, UniversalTargets
+from tests.largest_tensor import LargestTensor
 from tests.trainer.loss_reference import plain_logits, random_head, top_k_targets
 from tests.trainer.universal_reference import wasserstein
 
@@ -112,20 +113,10 @@ def test_equal_distributions_are_at_distance_zero_whatever_their_tokens_are() ->
 
 def test_no_tensor_of_all_positions_by_a_vocabulary_is_made() -> None:
     """The largest that any operation returns is one chunk's, of the larger vocabulary."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    sizes: list[int] = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            sizes.extend(part.numel() for part in torch.utils._pytree.tree_leaves(result) if isinstance(part, Tensor))
-            return result
-
     positions, chunk = 256, 8
     hidden = torch.randn(positions, 4, requires_grad=True)
     labels = ExactTargets(hidden_NE=torch.randn(positions, 6), head=OutputHead(weight_RD=torch.randn(1500, 6)))
-    with Watch():
+    with LargestTensor() as made:
         sums = distillation_loss(
             hidden,
             token_ids_N=torch.zeros(positions, dtype=torch.int64),
@@ -136,4 +127,4 @@ def test_no_tensor_of_all_positions_by_a_vocabulary_is_made() -> None:
             chunk_size=chunk,
         )
         sums.total.backward()
-    assert max(sizes) == chunk * 1500
+    assert made.elements == chunk * 1500

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from services.contract.errors import UnsupportedError
@@ -16,6 +15,7 @@ from services.evaluation.lookback.measure import (
     measure_padded,
 )
 from tests.evaluation.lookback.models import eager_ratios, make_decoder
+from tests.largest_tensor import LargestTensor
 
 ARCHITECTURES = ["llama", "qwen2", "mistral", "gemma2"]
 
@@ -103,19 +103,6 @@ def test_a_few_queries_at_a_time_give_the_same(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(attention, "WEIGHTS_AT_A_TIME", 400)
     for few, many in zip(measure_padded(model, pairs()), whole, strict=True):
         torch.testing.assert_close(few, many)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor that any operation makes."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        made = func(*args, **(kwargs or {}))
-        for tensor in made if isinstance(made, tuple | list) else [made]:
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return made
 
 
 def test_memory_grows_linearly_with_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
