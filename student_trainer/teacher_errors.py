@@ -7,7 +7,14 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from services.contract.connection_problems import ConnectionProblem
-from services.contract.errors import HandshakeError, SmoothKDError, TeacherError, TeacherUnavailableError, error_class
+from services.contract.errors import (
+    HandshakeError,
+    LimitExceededError,
+    SmoothKDError,
+    TeacherError,
+    TeacherUnavailableError,
+    error_class,
+)
 from services.contract.teacher_channel import REPLICA_KEY
 
 
@@ -34,6 +41,12 @@ def translate(
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return TeacherUnavailableError(
             f"the teacher at {address} answered nothing in time", fix=fix, details={"address": address}
+        )
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "message larger than max" in str(error.details()):
+        return LimitExceededError(
+            f"a message to or from the teacher at {address} is too large: {error.details()}",
+            fix="Ask for fewer or shorter sequences, or for fewer labels of each; the same would fail again.",
+            details={"address": address},
         )
     return TeacherError(
         f"the teacher at {address} failed: {code.name}: {error.details()}",

@@ -37,7 +37,8 @@ logger = logging.getLogger(__name__)
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["TeacherService"].full_name
 _SERVER_OPTIONS = (
-    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
+    # Somewhat more than is accepted, so that what is too much is refused in words of our own.
+    ("grpc.max_receive_message_length", 4 * MAX_REQUEST_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     # Two servers on one port would share its clients by chance; the second must fail instead.
     ("grpc.so_reuseport", 0),

@@ -1,13 +1,17 @@
-"""Messages that are none: gRPC would answer UNKNOWN and log a traceback for each."""
+"""Messages that are none or too large: gRPC would answer UNKNOWN and log a traceback for each of the ones, and
+RESOURCE_EXHAUSTED to the others, which clients take for a teacher that has too much to do.
+"""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from services.contract.errors import InvalidInputError
+from services.contract.errors import InvalidInputError, LimitExceededError
+from services.contract.soft_labels import MAX_REQUEST_BYTES
 from services.contract.teacher_channel import SERVICE_NAME
 from teacher_server.status import abort
 
@@ -19,7 +23,7 @@ _REMAKE = {
 
 
 class UndecodableInterceptor(grpc.aio.ServerInterceptor):
-    """Ends calls of TeacherService whose bytes cannot be decoded with INVALID_ARGUMENT."""
+    """Ends calls of TeacherService whose bytes cannot be decoded, or are too many, with INVALID_ARGUMENT."""
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any) -> Any:
         handler = await continuation(handler_call_details)
@@ -29,13 +33,25 @@ class UndecodableInterceptor(grpc.aio.ServerInterceptor):
         answer, decode = getattr(handler, attribute), handler.request_deserializer
 
         def decode_or_tell(data: bytes) -> Any:
+            if len(data) > MAX_REQUEST_BYTES:
+                return _Refused(
+                    LimitExceededError(
+                        f"the request has {len(data)} bytes, more than {MAX_REQUEST_BYTES}",
+                        fix="Ask for fewer sequences at a time; one alone may be too long for any request.",
+                    )
+                )
             try:
                 return decode(data)
             except DecodeError as error:
-                return _Undecodable(error)
+                return _Refused(
+                    InvalidInputError(
+                        f"the request cannot be decoded: {error}",
+                        fix="Send protobuf messages of services/contract/teacher/v1/teacher_service.proto.",
+                    )
+                )
 
         async def answer_one(request: Any, context: Any) -> Any:
-            if isinstance(request, _Undecodable):
+            if isinstance(request, _Refused):
                 await abort(context, request.error)
             return await answer(request, context)
 
@@ -49,16 +65,15 @@ class UndecodableInterceptor(grpc.aio.ServerInterceptor):
         )
 
 
-class _Undecodable:
-    def __init__(self, error: DecodeError) -> None:
-        self.error = InvalidInputError(
-            f"the request cannot be decoded: {error}",
-            fix="Send protobuf messages of services/contract/teacher/v1/teacher_service.proto.",
-        )
+@dataclass(frozen=True)
+class _Refused:
+    """What a handler gets in place of a message."""
+
+    error: InvalidInputError
 
 
 async def _decoded(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
     async for request in requests:
-        if isinstance(request, _Undecodable):
+        if isinstance(request, _Refused):
             raise request.error
         yield request

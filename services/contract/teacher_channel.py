@@ -112,8 +112,8 @@ def open_teacher_channel(
         if encrypted
         else grpc.insecure_channel(target, options=options)
     )
-    # Registers the methods with gRPC, which does so at a method's first call otherwise, and crashes where another thread
-    # has closed the channel by then.
+    # Registers the methods with gRPC, which else does so at a method's first call, and crashes where another thread has
+    # closed the channel by then.
     TeacherServiceStub(channel)
     token = (("authorization", f"Bearer {access.token}"),) if access.token else ()
 

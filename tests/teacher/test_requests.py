@@ -9,9 +9,12 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from services.contract.soft_labels import MAX_MESSAGE_BYTES
+from services.contract.errors import LimitExceededError
+from services.contract.sequences import TokenSequence
+from services.contract.soft_labels import MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES
 from services.contract.teacher.v1 import teacher_service_pb2 as pb
 from services.contract.teacher.v1.teacher_service_pb2_grpc import TeacherServiceStub
+from student_trainer.teacher_client import TeacherClient
 from teacher_server.server import TeacherOptions
 from tests.teacher.serving import running_teacher
 
@@ -56,6 +59,12 @@ REFUSED = {
     "id beyond the vocabulary": (score(sequence(token_ids=[1, VOCAB])), INVALID, "invalid_input", "token id 300"),
     "largest uint32 id": (score(sequence(token_ids=[1, 2**32 - 1])), INVALID, "invalid_input", "4294967295"),
     "too long": (score(sequence(token_ids=[1] * (MAX_LENGTH + 1))), INVALID, "limit_exceeded", "2001 tokens"),
+    "more bytes than a request may have": (
+        score(sequence(token_ids=[1] * MAX_REQUEST_BYTES)),
+        INVALID,
+        "limit_exceeded",
+        "bytes, more than 4194304",
+    ),
     "position 0": (score(sequence(label_positions=[0, 1])), INVALID, "invalid_input", "label position 0"),
     "position at the end": (score(sequence(label_positions=[4])), INVALID, "invalid_input", "outside 1 to 3"),
     "largest uint32 position": (score(sequence(label_positions=[2**32 - 1])), INVALID, "invalid_input", "outside"),
@@ -197,6 +206,37 @@ def test_a_message_beyond_the_limit_is_refused(stub: TeacherServiceStub) -> None
         stub.GetTeacher(request, timeout=30)
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert stub.GetTeacher(pb.GetTeacherRequest(), timeout=30).vocab_size == VOCAB
+
+
+@pytest.mark.parametrize("fit", [True, False])
+def test_a_part_of_a_students_head_beyond_the_limit_is_refused(stub: TeacherServiceStub, *, fit: bool) -> None:
+    rows = pb.LmHeadRows(weight=pb.Tensor(data=b"x" * (MAX_REQUEST_BYTES - 100 + (0 if fit else 100))))
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.PutStudentHead(iter([pb.PutStudentHeadRequest(rows=rows)]), timeout=30)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert ("bytes, more than 4194304" in caught.value.details()) is not fit
+
+
+def test_a_student_does_not_repeat_what_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long its patience: neither a request beyond what gRPC takes nor an answer beyond what it takes itself."""
+    options = TeacherOptions(model=str(VOCAB), engine="mock", port=0, max_length=10_000_000)
+    with running_teacher(options) as address:
+        asked = TokenSequence(id="a", token_ids=[VOCAB - 1] * 9_000_000, label_positions=[1])
+        with (
+            TeacherClient(address, patience_seconds=3600) as client,
+            pytest.raises(LimitExceededError, match="too large: SERVER") as caught,
+        ):
+            list(client.score([asked]))
+        assert "fewer or shorter sequences" in caught.value.fix
+        asked = TokenSequence(id="a", token_ids=[1] * 500, label_positions=list(range(1, 500)))
+        monkeypatch.setattr(
+            "services.contract.teacher_channel._OPTIONS", (("grpc.max_receive_message_length", 20_000),)
+        )
+        with (
+            TeacherClient(address, patience_seconds=3600) as client,
+            pytest.raises(LimitExceededError, match="CLIENT: Received message larger than max"),
+        ):
+            list(client.score([asked]))
 
 
 def test_good_requests_are_answered(stub: TeacherServiceStub) -> None:
