@@ -21,6 +21,7 @@ from services.labels.cache import LabelCache
 from services.logs import configure_logging
 from services.telemetry import start_telemetry
 from teacher_server.admission import Admission
+from teacher_server.arenas import limit_arenas
 from teacher_server.calls import CallObserver
 from teacher_server.engine import ENGINE_FAILED
 from teacher_server.health import Health
@@ -56,6 +57,7 @@ def serve(settings: Settings, options: TeacherOptions) -> None:
     """
     configure_logging(settings.log_format, levels={"": "WARNING", "teacher_server": "INFO"})
     start_telemetry("smoothkd-teacher")
+    limit_arenas()
     asyncio.run(_serve_until_signal(settings, options))
 
 
