@@ -33,6 +33,8 @@ SECONDS_BETWEEN_RECORDS = 2.0
 """How long uses and counts gather before the index notes them: a hit itself writes nothing."""
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+_UNREADABLE = {errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.ENXIO, errno.EIO}
+"""What an entry cannot be read for, now or later; others, such as too many open files, say nothing against it."""
 _KEY_VERSION = 1 + LABEL_FORMAT
 """Labels that this release could not read have other keys."""
 
@@ -128,15 +130,16 @@ class LabelCache:
         path = self._shelf.entry(key)
         try:
             payload = read_entry(path, key=key)
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             self._count("misses")
         except DamagedEntryError as error:
-            log.warning("the label cache drops %s: %s; the teacher computes these labels again", path, error)
-            self._count("misses", "damaged")
-            self._drop(key)
+            self._drop_aloud(key, str(error))
         except OSError as error:
-            self._warn_once(f"the label cache cannot read: {error}", about="reading")
-            self._count("misses")
+            if error.errno in _UNREADABLE:
+                self._drop_aloud(key, os.strerror(error.errno))
+            else:
+                self._warn_once(f"the label cache cannot read: {error}", about="reading")
+                self._count("misses")
         else:
             with self._lock:
                 self._counts["hits"] += 1
@@ -230,6 +233,16 @@ class LabelCache:
         path = self._shelf.entry(key)
         path.parent.mkdir(exist_ok=True)
         os.replace(unfinished, path)
+
+    def _drop_aloud(self, key: str, why: str) -> None:
+        path = self._shelf.entry(key)
+        self._count("misses", "damaged")
+        try:
+            self._index.drop(key)
+        except (OSError, sqlite3.Error) as error:
+            self._warn_once(f"the label cache cannot drop {path} ({why}): {error}", about="dropping")
+        else:
+            log.warning("the label cache drops %s: %s; the teacher computes these labels again", path, why)
 
     def _drop(self, key: str) -> None:
         with suppress(OSError, sqlite3.Error):

@@ -5,6 +5,8 @@ and never mapped: a bad sector under a mapped page would kill the process.
 """
 
 import hashlib
+import os
+import stat
 import struct
 from pathlib import Path
 
@@ -18,8 +20,13 @@ class DamagedEntryError(Exception):
 
 
 def read_entry(path: Path, *, key: str) -> bytes:
-    """The payload; DamagedEntryError where the file is cut short, altered or another's, OSError as the disk has it."""
-    with path.open("rb", buffering=0) as file:
+    """The payload; DamagedEntryError where this is no file, or one cut short, altered or another's, OSError as the disk
+    has it.
+    """
+    # A pipe under this name would be waited for.
+    with open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise DamagedEntryError("it is no file")
         header = file.read(_HEADER.size)
         payload = file.readall()
     if len(header) < _HEADER.size:

@@ -87,7 +87,7 @@ class Index:
         """Delete an entry's file and row."""
 
         def work(db: sqlite3.Connection) -> None:
-            self._shelf.entry(key).unlink(missing_ok=True)
+            self._shelf.remove(key)
             db.execute("DELETE FROM entries WHERE key = ?", (key,))
 
         self._write(work)
@@ -101,7 +101,7 @@ class Index:
 
         def work(db: sqlite3.Connection) -> None:
             for file in self._shelf.entries():
-                os.unlink(file)
+                self._shelf.remove(file.name)
             db.execute("DELETE FROM entries")
 
         self._write(work)
@@ -139,7 +139,7 @@ class Index:
                 break
             for key, entry_bytes in oldest:
                 try:
-                    self._shelf.entry(key).unlink(missing_ok=True)
+                    self._shelf.remove(key)
                 except OSError as error:
                     log.warning("the label cache cannot delete an entry: %s", error)
                     stuck += 1
@@ -212,11 +212,7 @@ class Index:
         with _transaction(db):
             for statement in _SCHEMA:
                 db.execute(statement)
-            found = (
-                (file.name, whole_blocks(file.stat().st_size), file.stat().st_mtime_ns)
-                for file in self._shelf.entries()
-            )
-            db.executemany("INSERT INTO entries VALUES (?, ?, ?)", found)
+            db.executemany("INSERT INTO entries VALUES (?, ?, ?)", self._rows())
             # Belongs to the transaction: an index without it was never finished.
             db.execute(f"PRAGMA user_version = {_VERSION}")
         entries = _count(db, "entries")
@@ -228,6 +224,13 @@ class Index:
                 entries,
                 time.monotonic() - started,
             )
+
+    def _rows(self) -> Iterator[tuple[str, int, int]]:
+        for file in self._shelf.entries():
+            # Another process may be deleting it.
+            with suppress(FileNotFoundError):
+                found = file.stat(follow_symlinks=False)
+                yield file.name, whole_blocks(found.st_size), found.st_mtime_ns
 
     def _remove(self) -> None:
         for suffix in ("", "-wal", "-shm"):

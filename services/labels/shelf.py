@@ -42,13 +42,30 @@ class Shelf:
         """Where the entry of a key lies or would lie; keys are 64 hex digits."""
         return self.directory / "entries" / key[:2] / key
 
+    def remove(self, key: str) -> None:
+        """Delete the entry of a key, or whatever has come into its place."""
+        path = self.entry(key)
+        try:
+            path.unlink(missing_ok=True)
+        except NotADirectoryError:
+            path.parent.unlink(missing_ok=True)
+        except OSError:
+            if path.is_symlink() or not path.is_dir():
+                raise
+            shutil.rmtree(path)
+
     def entries(self) -> Iterator[os.DirEntry[str]]:
         """The files of all entries; what has no name of an entry is somebody else's and left alone."""
         with os.scandir(self.directory / "entries") as folders:
             for folder in folders:
                 if folder.is_dir(follow_symlinks=False):
-                    with os.scandir(folder) as files:
-                        yield from (file for file in files if is_key(file.name) and file.name[:2] == folder.name)
+                    try:
+                        with os.scandir(folder) as files:
+                            found = [file for file in files if is_key(file.name) and file.name[:2] == folder.name]
+                    except OSError as error:
+                        log.warning("the label cache leaves out what it cannot read: %s", error)
+                        continue
+                    yield from found
 
     @contextmanager
     def opening(self) -> Iterator[None]:
