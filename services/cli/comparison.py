@@ -10,7 +10,6 @@ from rich.table import Table
 
 from services.contract.api_client import ApiClient
 from services.contract.errors import InvalidInputError
-from services.contract.evaluation_spec import judged_by
 from services.contract.metric_words import metric_title
 from services.contract.records import Generation, Score
 from services.contract.settings import Settings
@@ -105,7 +104,6 @@ def _from_run(api: ApiClient, run_id: str) -> Evaluation:
         run_id,
         _generations(api, run_id),
         api.scores(run_id),
-        judged_by=judged_by(spec),
         max_new_tokens=spec.max_new_tokens,
     )
 

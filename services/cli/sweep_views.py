@@ -17,6 +17,7 @@ from services.contract.records import RunRecord, Summary, SummaryCell
 from services.contract.settings import Settings, load_settings
 from services.contract.spec import SweepSpec
 from services.contract.states import ENDED, State
+from services.datasets.reading import SHIPPED
 
 console = Console()
 TITLE = "SFT against KD"
@@ -44,7 +45,7 @@ def with_absolute_paths(spec: SweepSpec, file: Path) -> SweepSpec:
     """The sweep with paths that exist beside its file, or from here, made absolute; the API may run elsewhere."""
     places = (file.parent, Path())
     data = spec.model_dump()
-    data["dataset"]["path"] = absolute_name(spec.dataset.path, places=places)
+    data["dataset"]["path"] = absolute_name(spec.dataset.path, places=places, shipped=SHIPPED)
     data["evaluation"] = absolute_evaluation(spec.evaluation, places=places).model_dump()
     for role in ("student", "teacher"):
         if data[role]:

@@ -109,27 +109,6 @@ class EvaluationSpec(Spec):
         return self
 
 
-def judged_by(spec: EvaluationSpec) -> dict[str, str]:
-    """What values of a metric depend on beside the outputs, in words: equal words, comparable values.
-
-    By metric, or as ``bertscore of xsum`` where benchmarks differ in it.
-    """
-    judges = spec.judges
-    everyone: dict[MetricName, str] = {
-        "factual_rate": f"the lens {judges.lens or 'that fits'}",
-        "factual_consistency": judges.hhem,
-        "entailment": str(judges.nli),
-        "bertscore": f"{judges.encoder}{' with idf' if judges.idf else ''}",
-        "self_consistency": f"{spec.samples} samples",
-    }
-    words: dict[str, str] = {metric: judge for metric, judge in everyone.items() if metric in spec.metrics}
-    for benchmark in (one for one in spec.benchmarks if judges.idf and one.name in SUMMARISATION):
-        # Its references decide what every word weighs.
-        first = f"the first {spec.limit} references" if spec.limit else "all references"
-        words[f"bertscore of {benchmark.name}"] = f"idf over {first} of {benchmark.path or 'the benchmark'}"
-    return words
-
-
 def _check_once(names: tuple[str, ...]) -> None:
     repeated = sorted(name for name, count in Counter(names).items() if count > 1)
     if repeated:

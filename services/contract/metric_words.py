@@ -58,3 +58,8 @@ ACCURACY = ("acc_norm", "acc")
 def metric_title(metric: str) -> str:
     """The name that readers know a metric by; its own name where it has no other."""
     return TITLES.get(metric, metric)
+
+
+def measured_on(benchmark: str, metric: str) -> str:
+    """The words for one metric of one benchmark."""
+    return f"{metric} of {benchmark}"

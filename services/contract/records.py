@@ -98,6 +98,9 @@ class Score(Record):
     missing: str | None = None
     items: int = Field(description="Items the value is a mean over.")
     higher_is_better: bool = True
+    judged_by: str | None = Field(
+        default=None, description="What the value depends on beside the outputs: equal words, comparable values."
+    )
 
 
 class Artifact(Record):

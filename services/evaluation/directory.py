@@ -8,12 +8,17 @@ from pathlib import Path
 from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import Progress
+from transformers import AutoConfig
 
-from services.contract.errors import ConflictError, InvalidInputError
-from services.contract.evaluation_spec import EvaluationSpec, judged_by
+from services.contract.errors import ConflictError, DatasetError, InvalidInputError
+from services.contract.evaluation_spec import SUMMARISATION, BenchmarkSpec, EvaluationSpec
+from services.contract.metric_words import measured_on
 from services.contract.records import Generation, Score
 from services.contract.settings import Settings
+from services.datasets.reading import load_items
 from services.evaluation.evaluate import evaluate
+from services.evaluation.judged import judged_by
+from services.evaluation.lookback.fingerprint import architecture_of
 from services.evaluation.model_server import ModelServer
 from services.evaluation.subject import OWN, SUBJECT, Subject, read_subject
 from services.models.resolve import resolve_model
@@ -39,7 +44,7 @@ def evaluate_to_directory(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InvalidInputError(f"{out} can be no directory: {error.strerror}", fix="Name another --out.") from None
-    _claim(out, directory=Path(directory), spec=spec, server=asked)
+    _claim(out, directory=Path(directory), spec=spec, server=asked, settings=settings)
     known = _read_generations(out / GENERATIONS)
     with (
         (out / GENERATIONS).open("a", encoding="utf-8") as file,
@@ -72,7 +77,7 @@ def _server(url: str, *, model: str, directory: str, settings: Settings) -> Mode
     return ModelServer(url, directory=directory, name=model, key=key)
 
 
-def _claim(out: Path, *, directory: Path, spec: EvaluationSpec, server: ModelServer | None) -> None:
+def _claim(out: Path, *, directory: Path, spec: EvaluationSpec, server: ModelServer | None, settings: Settings) -> None:
     """Notes whose outputs these are: the weights by size and time, which is quick and changes when they do."""
     weights = sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")])
     # Not a server's address, which may change; articles are cut to its window.
@@ -82,7 +87,7 @@ def _claim(out: Path, *, directory: Path, spec: EvaluationSpec, server: ModelSer
         weights={file.name: ((stat := file.stat()).st_size, stat.st_mtime_ns) for file in weights},
         max_new_tokens=spec.max_new_tokens,
         answered_by=answered_by,
-        judged_by=judged_by(spec),
+        judged_by=_judges(spec, directory=directory, settings=settings),
     )
     before = read_subject(out)
     if before is not None:
@@ -93,6 +98,24 @@ def _claim(out: Path, *, directory: Path, spec: EvaluationSpec, server: ModelSer
             f"{out / GENERATIONS} exists, and nothing says which model wrote it", fix="Choose another directory."
         )
     _replace(out / SUBJECT, [subject.model_dump_json(indent=2)])
+
+
+def _judges(spec: EvaluationSpec, *, directory: Path, settings: Settings) -> dict[str, str]:
+    """Who will judge, of every benchmark whose items can be read; what goes wrong is told when it is carried out."""
+    architecture = architecture_of(AutoConfig.from_pretrained(directory))
+    found: dict[str, str] = {}
+    for benchmark in (one for one in spec.benchmarks if one.name in SUMMARISATION):
+
+        def references(benchmark: BenchmarkSpec = benchmark) -> list[str]:
+            items = load_items(benchmark, limit=spec.limit, offline=settings.offline)
+            return [item.reference for item in items]
+
+        try:
+            words = judged_by(benchmark.name, spec, references=references, architecture=architecture)
+        except DatasetError:
+            continue
+        found |= {measured_on(benchmark.name, metric): judge for metric, judge in words.items()}
+    return found
 
 
 def _check_same(out: Path, before: Subject, now: Subject) -> None:

@@ -14,6 +14,8 @@ from services.datasets.reading import load_items
 from services.evaluation.answering import Request
 from services.evaluation.calibration import wrong_nll
 from services.evaluation.items import answer_items, mean_score
+from services.evaluation.judged import judged_by
+from services.evaluation.lookback.fingerprint import architecture_of
 from services.evaluation.metrics import describe, load_metrics, metric_names
 from services.evaluation.model import LoadedModel, load_model
 from services.evaluation.model_server import ModelServer
@@ -131,7 +133,15 @@ def _steps(
         yield _Step(generations=generations, share=len(done) / len(requests))
     # What was known and lacked nothing did not come back.
     answers = [done.get(request.item_id) or stored[request.item_id] for request in requests]
-    yield _Step(scores=[mean_score(metric, answers, metrics, benchmark=benchmark.name) for metric in metrics.names])
+    judges = judged_by(
+        benchmark.name, spec, references=lambda: references, architecture=architecture_of(loaded.model.config)
+    )
+    yield _Step(
+        scores=[
+            mean_score(metric, answers, metrics, benchmark=benchmark.name, judged_by=judges.get(metric))
+            for metric in metrics.names
+        ]
+    )
 
 
 def _chosen(benchmark: str, item: ChoiceItem) -> Generation:

@@ -10,8 +10,9 @@ from services.evaluation.lookback.detect import detect
 from services.evaluation.lookback.examples import encode_document
 from services.evaluation.lookback.features import LensModel, MeasuredSummary, measure_summaries
 from services.evaluation.lookback.fingerprint import fingerprint_model
-from services.evaluation.lookback.lens import SHIPPED, Lens, load_lens
+from services.evaluation.lookback.lens import Lens, load_lens
 from services.evaluation.lookback.measure import generate_measured
+from services.evaluation.lookback.shipped import SHIPPED
 from services.evaluation.model import LoadedModel
 from services.evaluation.verdict import Verdict
 

@@ -55,7 +55,9 @@ def answer_items(
         yield _judge(batch, metrics, benchmark=benchmark, stored=stored)
 
 
-def mean_score(metric: str, generations: Sequence[Generation], metrics: Metrics, *, benchmark: str) -> Score:
+def mean_score(
+    metric: str, generations: Sequence[Generation], metrics: Metrics, *, benchmark: str, judged_by: str | None = None
+) -> Score:
     """Over the items that have the metric; how many those are is part of the score.
 
     A metric that could not be had for every item it should judge has no value but the reason, as has one that judged
@@ -77,7 +79,8 @@ def mean_score(metric: str, generations: Sequence[Generation], metrics: Metrics,
     if not values:
         missing = reasons or f"every output is {UNJUDGED}"
         return Score(benchmark=benchmark, metric=metric, value=None, missing=missing, items=0)
-    return Score(benchmark=benchmark, metric=metric, value=sum(values) / len(values), items=len(values))
+    mean = sum(values) / len(values)
+    return Score(benchmark=benchmark, metric=metric, value=mean, items=len(values), judged_by=judged_by)
 
 
 def _lacking(before: Generation, metrics: Metrics) -> list[str]:

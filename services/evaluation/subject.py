@@ -14,7 +14,7 @@ OWN = "transformers"
 class Subject(BaseModel):
     """``weights``: size in bytes and time of change in nanoseconds of each file of the model's weights.
 
-    ``judged_by``: what metrics depend on, as ``services.contract.evaluation_spec.judged_by`` says it.
+    ``judged_by``: what ``factual_rate of xsum`` depends on beside the outputs, as ``judged.judged_by`` says it.
     """
 
     model_config = ConfigDict(frozen=True)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from services.contract.errors import InvalidInputError
-from services.contract.metric_words import FAITHFULNESS, metric_title
+from services.contract.metric_words import FAITHFULNESS, measured_on, metric_title
 from services.contract.records import Generation, Record, Score
 from services.reports.paired import RESAMPLES, MeanDifference, adjust_p_values, bootstrap_means
 
@@ -56,7 +56,7 @@ class Versus(Record):
 class Evaluation:
     """One side: what it is called, its items' scores and a fingerprint of each item's question.
 
-    ``judged_by``: what its metrics depend on, as ``services.contract.evaluation_spec.judged_by`` says it.
+    ``judged_by``: what ``factual_rate of xsum`` depends on beside the outputs, in words that are equal for one judge.
     ``max_new_tokens``: how long its outputs could be. Both are empty where nobody knows.
     """
 
@@ -76,7 +76,10 @@ def read_evaluation(
     judged_by: Mapping[str, str] | None = None,
     max_new_tokens: int | None = None,
 ) -> Evaluation:
-    """A side from its generations, of which only numbers are kept, and its scores."""
+    """A side from its generations, of which only numbers are kept, and its scores.
+
+    ``judged_by``: what is known beside what the scores say, of values that no score is told of.
+    """
     items: dict[Item, Mapping[str, float]] = {}
     questions: dict[Item, str] = {}
     for generation in generations:
@@ -90,7 +93,8 @@ def read_evaluation(
         items=items,
         questions=questions,
         scores=by_column,
-        judged_by=judged_by or {},
+        judged_by={measured_on(score.benchmark, score.metric): score.judged_by for score in scores if score.judged_by}
+        | (judged_by or {}),
         max_new_tokens=max_new_tokens,
     )
 
@@ -178,12 +182,11 @@ def _measure(
 
 def _unlike_judges(a: Evaluation, b: Evaluation, column: Column) -> str | None:
     """Why values of one name are not of one kind."""
-    benchmark, metric = column
-    for measured in (metric, f"{metric} of {benchmark}"):
-        by = a.judged_by.get(measured), b.judged_by.get(measured)
-        if None not in by and by[0] != by[1]:
-            return f"{a.name} has it by {by[0]}, {b.name} by {by[1]}"
-    return None
+    measured = measured_on(*column)
+    by = a.judged_by.get(measured), b.judged_by.get(measured)
+    if None in by or by[0] == by[1]:
+        return None
+    return f"{a.name} has it by {by[0]}, {b.name} by {by[1]}"
 
 
 def _note(a: Evaluation, b: Evaluation) -> str | None:

@@ -146,6 +146,7 @@ scores = Table(
     Column("missing", Text),
     Column("items", Integer, nullable=False),
     Column("higher_is_better", Boolean, nullable=False),
+    Column("judged_by", Text),
 )
 
 artifacts = Table(

@@ -57,7 +57,7 @@ def test_values_by_different_judges_are_not_compared(tmp_path: Path) -> None:
         for step, name in ((0, "a"), (9, "b"))
     ]
     for folder, encoder, idf, length in ((folders[0], "one", "2", 64), (folders[1], "one", "3", 128)):
-        judged_by = {"support": encoder, "support of demo_news": idf}
+        judged_by = {"support of xsum": encoder, "support of demo_news": idf}
         subject = {"model": folder.name, "max_new_tokens": length, "judged_by": judged_by}
         (folder / "evaluated.json").write_text(json.dumps(subject))
     shown = compare(*folders)

@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 import services.datasets
 from services.cli.main import app
 from services.cli.sweep_views import with_absolute_paths
-from services.contract.evaluation_spec import judged_by
 from services.contract.spec_reading import parse_sweep
+from services.evaluation.judged import judged_by
 
 
 def test_judges_named_from_here_are_those_of_a_sweep(
@@ -44,6 +44,9 @@ def test_judges_named_from_here_are_those_of_a_sweep(
             },
         }
     )
-    assert noted == judged_by(with_absolute_paths(sweep, tmp_path / "sweep.yaml").evaluation)
-    assert noted["factual_consistency"] == str(tmp_path / "hhem")
-    assert noted["bertscore of demo_news"] == f"idf over all references of {tmp_path / 'news.jsonl'}"
+    references = [json.loads(line)["highlights"] for line in Path("news.jsonl").read_text().splitlines()]
+    evaluation = with_absolute_paths(sweep, tmp_path / "sweep.yaml").evaluation
+    expected = judged_by("demo_news", evaluation, references=lambda: references, architecture={})
+    assert noted == {f"{metric} of demo_news": judge for metric, judge in expected.items()}
+    assert noted["factual_consistency of demo_news"] == str(tmp_path / "hhem")
+    assert noted["bertscore of demo_news"].startswith(f"{tmp_path / 'encoder'} with idf over 2 references (")

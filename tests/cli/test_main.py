@@ -219,21 +219,31 @@ def test_a_sweep_names_its_judges_from_where_its_file_lies(tmp_path):
     from services.contract.spec_reading import parse_sweep
 
     (tmp_path / "lens.json").write_text("{}")
+    for shipped in ("smollm2-135m-instruct", "demo_instructions", "demo_news"):
+        # Called like something that comes with the project, which they do not hide.
+        (tmp_path / shipped).mkdir()
     spec = parse_sweep(
         {
             "name": "judged",
             "student": {"model": "HuggingFaceTB/SmolLM2-135M-Instruct"},
             "dataset": {"path": "demo_instructions"},
             "evaluation": {
+                "benchmarks": [{"name": "xsum", "path": "demo_news"}],
                 "metrics": ["factual_rate", "entailment", "bertscore"],
                 "judges": {"lens": "lens.json", "nli": "cross-encoder/nli-deberta-v3-base", "idf": True},
             },
         }
     )
-    judges = with_absolute_paths(spec, tmp_path / "sweep.yaml").evaluation.judges
+    absolute = with_absolute_paths(spec, tmp_path / "sweep.yaml")
+    assert absolute.dataset.path == "demo_instructions"
+    assert absolute.evaluation.benchmarks[0].path == "demo_news"
+    judges = absolute.evaluation.judges
     assert judges.lens == str(tmp_path / "lens.json")
     assert judges.nli == "cross-encoder/nli-deberta-v3-base"
     assert judges.idf is True
+    shipped = spec.evaluation.model_copy(update={"judges": judges.model_copy(update={"lens": "smollm2-135m-instruct"})})
+    spec = spec.model_copy(update={"evaluation": shipped})
+    assert with_absolute_paths(spec, tmp_path / "sweep.yaml").evaluation.judges.lens == "smollm2-135m-instruct"
 
 
 @pytest.mark.parametrize("port", ["0", "99999"])

@@ -199,7 +199,7 @@ def test_a_directory_of_another_model_is_refused(tiny_model: Path, settings: Set
     with pytest.raises(ConflictError, match="with up to 6 tokens"):
         evaluate_to_directory(str(model), longer, out, settings)
     judged = longer.model_copy(update={"max_new_tokens": 6, "judges": JudgeSpec(lens="another")})
-    with pytest.raises(ConflictError, match="factual_rate by the lens that fits, not by the lens another"):
+    with pytest.raises(ConflictError, match="of demo_news by no lens that fits, not by the lens another"):
         evaluate_to_directory(str(model), judged, out, settings)
     make_tiny_model(model, seed=2)
     with pytest.raises(ConflictError, match="or of other weights there"):
@@ -230,11 +230,12 @@ def test_a_directory_holds_one_idf(tiny_model: Path, settings: Settings, tmp_pat
         return _spec("demo_news", limit=limit).model_copy(update={"metrics": ("bertscore",), "judges": judges})
 
     evaluate_to_directory(str(tiny_model), judged(2, idf=True), out, settings)
-    with pytest.raises(ConflictError, match=r"holds a bertscore by .* with idf, not by"):
+    with pytest.raises(ConflictError, match=r"holds a bertscore of demo_news by .* with idf over 2 ref.*, not by"):
         evaluate_to_directory(str(tiny_model), judged(2, idf=False), out, settings)
-    with pytest.raises(ConflictError, match=r"idf over the first 2 references .*, not by idf over the first 3"):
+    with pytest.raises(ConflictError, match=r"idf over 2 references .*, not by .* with idf over 3 references"):
         evaluate_to_directory(str(tiny_model), judged(3, idf=True), out, settings)
-    evaluate_to_directory(str(tiny_model), judged(2, idf=True), out, settings)
+    (score,) = evaluate_to_directory(str(tiny_model), judged(2, idf=True), out, settings)
+    assert str(score.judged_by).startswith(f"{encoder} with idf over 2 references (")
 
 
 def test_a_directory_takes_further_metrics_and_generates_nothing_again(

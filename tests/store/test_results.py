@@ -110,7 +110,7 @@ def test_text_that_a_database_cannot_hold_keeps_its_length(store: Store, attempt
 
 def test_scores_keep_why_they_are_missing(store: Store, attempt: Attempt, run_id: str) -> None:
     given_scores = [
-        Score(benchmark="xsum", metric="support", value=91.5, items=24),
+        Score(benchmark="xsum", metric="support", value=91.5, items=24, judged_by="a judge"),
         Score(benchmark="xsum", metric="rouge_l", value=None, missing="no references", items=0),
         Score(benchmark="arc_easy", metric="acc_norm", value=0.0, items=10, higher_is_better=False),
     ]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 SAMPLES = 256
 SAME = 0.01
@@ -43,12 +43,17 @@ class ModelFingerprint(BaseModel):
 
 def fingerprint_model(model: PreTrainedModel) -> ModelFingerprint:
     """Sizes from the configuration, and values at fixed places of the layers' weight matrices."""
-    config = model.config.get_text_config()
-    names = ("num_hidden_layers", "num_attention_heads", "hidden_size")
-    sizes = {name: int(getattr(config, name)) for name in names}
     with torch.inference_mode():
         weights = list(_sample(model))
-    return ModelFingerprint(architecture={"model_type": config.model_type, **sizes}, weights=weights)
+    return ModelFingerprint(architecture=architecture_of(model.config), weights=weights)
+
+
+def architecture_of(config: PretrainedConfig) -> dict[str, int | str]:
+    """The kind of a model and its sizes, as far as it has the usual ones."""
+    text = config.get_text_config()
+    names = ("num_hidden_layers", "num_attention_heads", "hidden_size")
+    sizes = {name: int(size) for name in names if (size := getattr(text, name, None)) is not None}
+    return {"model_type": text.model_type, **sizes}
 
 
 def _sample(model: PreTrainedModel) -> Iterator[float]:

@@ -4,6 +4,7 @@ A span's features are its tokens' ratios, averaged, one per attention head, laye
 section 2). Spans are given, or windows of eight tokens that slide over the summary one token at a time.
 """
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,9 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from services.contract.errors import InvalidInputError
 from services.evaluation.lookback.examples import INSTRUCTION, Characters
 from services.evaluation.lookback.fingerprint import ModelFingerprint
+from services.evaluation.lookback.shipped import SHIPPED
 
 WINDOW = 8
-SHIPPED = {"smollm2-135m-instruct": Path(__file__).with_name("data") / "smollm2-135m-instruct.json"}
 LLAMA_2_7B = ModelFingerprint(
     architecture={"model_type": "llama", "num_hidden_layers": 32, "num_attention_heads": 32, "hidden_size": 4096},
     weights=None,
@@ -53,6 +54,11 @@ class Lens(BaseModel):
         if len(self.coef) != self.layers * self.heads:
             raise ValueError(f"{len(self.coef)} coefficients for {self.layers} layers of {self.heads} heads")
         return self
+
+    @property
+    def digest(self) -> str:
+        """Equal for lenses that judge alike, wherever they lie and however they came about."""
+        return hashlib.sha256(self.model_dump_json(exclude={"training", "model"}).encode()).hexdigest()
 
     def probabilities(self, features_NF: Array) -> Array:
         """That each span is factual, from its mean ratios, layer-major, (N,)."""
