@@ -24,7 +24,10 @@ def answer_with_problems(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> Response:
-        lines = [f"{_place(item['loc'])}: {item['msg']}, not {item['input']!r:.80}" for item in error.errors()]
+        lines = [
+            f"{_place(item['loc'])}: {item['msg'].removeprefix('Value error, ')}, not {item['input']!r:.80}"
+            for item in error.errors()
+        ]
         invalid = InvalidInputError(
             "; ".join(lines),
             fix="Correct these parameters; /v1/docs lists what they take.",

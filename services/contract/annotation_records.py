@@ -3,13 +3,21 @@
 from datetime import datetime
 from typing import Annotated, Self
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
 from services.contract.records import Record
 
 MAX_SPANS = 1000
-STORABLE = r"^[^\x00]+$"
-"""PostgreSQL keeps no NUL characters."""
+
+
+def _storable(text: str) -> str:
+    # PostgreSQL keeps none.
+    if "\0" in text:
+        raise ValueError("should have no NUL character")
+    return text
+
+
+Storable = AfterValidator(_storable)
 
 
 class MarkedSpan(Record):
@@ -28,9 +36,9 @@ class MarkedSpan(Record):
 class NewAnnotation(Record):
     """One person's judgement of one output; no span at all says that all of it is supported."""
 
-    benchmark: Annotated[str, StringConstraints(pattern=STORABLE, max_length=100)]
-    item_id: Annotated[str, StringConstraints(pattern=STORABLE, max_length=500)]
-    annotator: Annotated[str, StringConstraints(strip_whitespace=True, pattern=STORABLE, max_length=100)]
+    benchmark: Annotated[str, StringConstraints(min_length=1, max_length=100), Storable]
+    item_id: Annotated[str, StringConstraints(min_length=1, max_length=500), Storable]
+    annotator: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=100), Storable]
     spans: Annotated[list[MarkedSpan], Field(max_length=MAX_SPANS)]
 
 

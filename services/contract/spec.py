@@ -7,6 +7,7 @@ nothing about where things run; that is ``services.contract.settings``.
 import hashlib
 import itertools
 import json
+import re
 from collections import Counter
 from typing import Annotated, Any
 
@@ -22,6 +23,8 @@ from services.contract.distillation_spec import (
 from services.contract.evaluation_spec import EvaluationSpec, Spec
 from services.contract.teacher_spec import TeacherSpec, check_others, finetune_batch_size
 from services.contract.training_spec import TrainingSpec, check_batches
+
+NAME = re.compile(r"^[a-z0-9][a-z0-9._-]{0,62}$")
 
 
 class DatasetSpec(Spec):
@@ -192,10 +195,19 @@ class RunSpec(Spec):
         return run.key if run is not None else None
 
 
+def _is_name(text: str) -> str:
+    if not NAME.fullmatch(text):
+        raise ValueError(
+            "should have 1 to 63 characters, each a lower-case letter, a digit, '.', '_' or '-', and begin with a "
+            "letter or a digit"
+        )
+    return text
+
+
 class SweepSpec(Spec):
     """A comparison: one teacher, one student, one data set, and a grid of runs."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+    name: Annotated[str, AfterValidator(_is_name), Field(json_schema_extra={"pattern": NAME.pattern})]
     teacher: TeacherSpec | None = None
     student: StudentSpec
     dataset: DatasetSpec

@@ -1,8 +1,10 @@
 """``smoothkd detect``: a detector over a file of documents and summaries, whoever wrote them."""
 
+import errno
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -53,19 +55,31 @@ def detect_file(
     """Write each line of ``source`` with ``score``, ``spans`` and, where there is no score, ``missing`` to ``target``.
 
     A line's own fields of these names are kept as ``input_score``, ``input_spans`` and ``input_missing``. Returns how
-    many summaries have no score. DatasetError names a line that is broken or lacks a column, before anything is
-    computed; ``target`` appears only when it is whole.
+    many summaries have no score. DatasetError names a line that is broken or lacks a column, or says that there is
+    none, and InvalidInputError that ``target`` cannot be written, before anything is computed; ``target`` appears only
+    when it is whole.
     """
     if name not in DETECTORS:
         raise InvalidInputError(f"{name!r} is no detector", fix=f"Choose one of {', '.join(DETECTORS)}.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
     rows = [_checked(row.values, place=row.place) for row in local_rows(source)]
-    detections = DETECTORS[name]([(row["document"], row["summary"]) for row in rows], options, progress)
-    with partial.open("w", encoding="utf-8") as file:
-        for row, detection in zip(rows, detections, strict=True):
-            file.write(json.dumps({**row, **_as_json(detection)}, ensure_ascii=False) + "\n")
-    partial.rename(target)
+    if not rows:
+        raise DatasetError(f"{source} holds nothing to judge", fix="Name a file with at least one summary.")
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    with _writing(target):
+        # Before anything is computed.
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+    try:
+        detections = DETECTORS[name]([(row["document"], row["summary"]) for row in rows], options, progress)
+        with _writing(target):
+            with partial.open("w", encoding="utf-8") as file:
+                for row, detection in zip(rows, detections, strict=True):
+                    file.write(json.dumps({**row, **_as_json(detection)}, ensure_ascii=False) + "\n")
+            partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
     return sum(detection.score is None for detection in detections)
 
 
@@ -127,6 +141,16 @@ DETECTORS: Mapping[str, Detector] = {
     "hhem": detect_hhem,
     "nli": detect_nli,
 }
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InvalidInputError(
+            f"{target} cannot be written: {error.strerror}", fix="Name another --output, in a folder with room."
+        ) from None
 
 
 def _in_parts(judge: Callable[[Pairs], list[Judged]], pairs: Pairs, progress: Progress) -> list[Judged]:

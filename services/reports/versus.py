@@ -94,7 +94,7 @@ def read_evaluation(
         questions=questions,
         scores=by_column,
         judged_by={measured_on(score.benchmark, score.metric): score.judged_by for score in scores if score.judged_by}
-        | (judged_by or {}),
+        | dict(judged_by or {}),
         max_new_tokens=max_new_tokens,
     )
 

@@ -72,8 +72,10 @@ def test_bad_ones_are_refused(api: ApiClient, run_id: str) -> None:
     url = f"{api.url}/v1/runs/{run_id}/annotations"
     good = judged("ana", (0, 3)).model_dump()
     for change, complaint in (
-        ({"annotator": "   "}, "annotator"),
-        ({"annotator": "a\0b"}, "annotator"),
+        ({"annotator": "   "}, "body.annotator: String should have at least 1 character, not"),
+        ({"item_id": ""}, "body.item_id: String should have at least 1 character, not"),
+        ({"annotator": "a\0b"}, "body.annotator: should have no NUL character, not"),
+        ({"annotator": "a" * 101}, "body.annotator: String should have at most 100 characters, not"),
         ({"spans": [{"start": 3, "end": 3}]}, "holds no character"),
         ({"spans": [{"start": 0, "end": 99}]}, "beyond the output's 20 characters"),
         ({"spans": [{"start": 0, "end": 3}] * 1001}, "at most 1000"),
@@ -82,6 +84,7 @@ def test_bad_ones_are_refused(api: ApiClient, run_id: str) -> None:
         answer = httpx.post(url, json=good | change)
         assert answer.status_code == 422
         assert complaint in answer.text
+        assert "pattern" not in answer.text
     with pytest.raises(NotFoundError):
         api.write_annotation("run-none", judged("ana"))
     with pytest.raises(NotFoundError):

@@ -212,6 +212,8 @@ def test_runs_by_different_judges_are_not_compared(
                 store.add_generations(
                     attempt, [answer(n, bad=0).model_copy(update={"scores": scores}) for n in range(3)]
                 )
+                judged = Score(benchmark="demo_news", metric="factual_consistency", value=60.0, items=3, judged_by=hhem)
+                store.put_scores(attempt, [judged])
             store.end_attempt(attempt, State.SUCCEEDED)
     a, b = runs
     shown = CliRunner().invoke(app, ["compare", a, b, "--json"])

@@ -164,7 +164,7 @@ def change(path: str, value: object) -> dict:
         ("student.modle", "x", ["student.modle", "did you mean model"]),
         ("student", ..., ["student", "missing"]),
         ("student.model", "", ["student.model", "at least 1 character"]),
-        ("name", "Bad Name", ["name", "'Bad Name'", "pattern"]),
+        ("name", "Bad Name", ["name", "'Bad Name'", "lower-case letter"]),
         ("teacher", None, ["needs a teacher", "teacher.model"]),
         ("teacher.finetune", {"method": "magic"}, ["teacher.finetune.method", "'magic'", "'full' or 'lora'"]),
         ("distillation", {"level": "sequence"}, ["level sequence", "word+sequence"]),

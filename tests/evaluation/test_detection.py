@@ -52,6 +52,26 @@ def test_a_broken_line_is_named_and_nothing_is_written(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_nothing_to_judge_is_said(content, tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_text(content)
+    with pytest.raises(DatasetError, match=r"in\.jsonl holds nothing to judge"):
+        detect_file("lexical", source=source, target=tmp_path / "new" / "out.jsonl", options=OPTIONS)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+@pytest.mark.parametrize("target", ["file/out.jsonl", "folder"])
+def test_an_output_that_cannot_be_written_is_told_before_anything_is_computed(target, tmp_path):
+    source = write(tmp_path / "in.jsonl", {"document": DOCUMENT, "summary": "Ferries."})
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InvalidInputError, match=f"{target} cannot be written: (File exists|Is a directory)"):
+        # There is no such model, which is not what is told.
+        detect_file("nli", source=source, target=tmp_path / target, options=OPTIONS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "in.jsonl"]
+
+
 def test_the_command_says_which_detectors_there_are(tmp_path):
     source = write(tmp_path / "in.jsonl", {"document": DOCUMENT, "summary": "Ferries."})
     with pytest.raises(InvalidInputError, match="no detector"):
