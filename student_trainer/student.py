@@ -64,7 +64,9 @@ def load_student(
     transformers_logging.disable_progress_bar()
     dtype = torch.float32 if spec.lora is None else frozen_dtype
     options = {} if quantized is None else {"quantization_config": quantized}
-    model: PreTrainedModel = language_model_class(directory).from_pretrained(directory, dtype=dtype, **options)
+    model: PreTrainedModel = language_model_class(directory).from_pretrained(
+        directory, dtype=dtype, use_safetensors=True, **options
+    )
     _make_generation_config_savable(model)
     if quantized is not None:
         keep_trainable(model)

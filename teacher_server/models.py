@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pickle import UnpicklingError
 
 from safetensors import SafetensorError
 
@@ -240,17 +239,12 @@ def _require_turn(before: Served) -> None:
 async def _load_engine(source: EngineSource, weights: Weights) -> Engine:
     try:
         return await source.load(weights)
-    except (MemoryError, RuntimeError, ValueError, OSError, KeyError, SafetensorError, UnpicklingError) as error:
+    except (MemoryError, RuntimeError, ValueError, OSError, KeyError, SafetensorError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if "trust_remote_code" in str(error):
             raise UnsupportedError(
                 f"{weights.name} brings code of its own, which the teacher does not run unasked",
                 fix="Read that code; if you trust it, start the teacher with --trust-remote-code.",
-            ) from error
-        if isinstance(error, UnpicklingError):
-            raise UnsupportedError(
-                f"the weights of {weights.name} are damaged, or a pickle that would run code: the teacher never does",
-                fix="Save them as safetensors where you trust them.",
             ) from error
         if "AutoModelForCausalLM" in reason:
             raise UnsupportedError(

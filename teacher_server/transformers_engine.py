@@ -56,7 +56,9 @@ class TransformersModel:
         # A bar that redraws itself is no line of a log.
         transformers_logging.disable_progress_bar()
         wanted: Any = _DTYPES.get(dtype, torch.float32 if on_cpu else "auto")
-        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=wanted, trust_remote_code=trust_remote_code)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=wanted, use_safetensors=True, trust_remote_code=trust_remote_code
+        )
         if adapter is not None:
             model = merge_adapter(model, adapter)
         self._model = _in_own_memory(model.to(self._device)).eval()

@@ -114,7 +114,11 @@ class VllmEngine:
         directory = self._weights.directory
         config = AutoConfig.from_pretrained(directory, trust_remote_code=self._trust_remote_code)
         model: Any = AutoModelForCausalLM.from_pretrained(
-            directory, config=config, dtype=self._dtype, trust_remote_code=self._trust_remote_code
+            directory,
+            config=config,
+            dtype=self._dtype,
+            use_safetensors=True,
+            trust_remote_code=self._trust_remote_code,
         )
         if self._weights.adapter is not None:
             model = merge_adapter(model, self._weights.adapter)

@@ -80,7 +80,7 @@ def load_bertscore(encoder: str, *, settings: Settings) -> BertScore:
     """With any encoder by directory, hub id, or ``all-minilm-l6-v2``. ModelNotFoundError where it cannot be had."""
     directory = resolve_model(encoder, settings=settings)
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    model: Any = AutoModel.from_pretrained(directory, dtype=torch.float32)
+    model: Any = AutoModel.from_pretrained(directory, dtype=torch.float32, use_safetensors=True)
     longest = min(int(getattr(model.config, "max_position_embeddings", 512)), int(tokenizer.model_max_length))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return BertScore(model.to(device).eval(), tokenizer=tokenizer, longest=longest)

@@ -40,7 +40,7 @@ def load_model(directory: str, *, server: ModelServer | None = None) -> LoadedMo
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
         dtype = torch.bfloat16 if on_gpu else torch.float32
-        model: Any = language_model_class(directory).from_pretrained(directory, dtype=dtype)
+        model: Any = language_model_class(directory).from_pretrained(directory, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, KeyError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelNotFoundError(

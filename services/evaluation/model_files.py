@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-PATTERNS = ("*.safetensors", "pytorch_model*.bin", "config.json", "tokenizer.json", "tokenizer.model", "vocab.*")
+PATTERNS = ("*.safetensors", "config.json", "tokenizer.json", "tokenizer.model", "vocab.*")
 
 
 def model_digest(directory: Path) -> str:

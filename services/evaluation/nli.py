@@ -100,7 +100,9 @@ def load_nli(name: str, *, settings: Settings) -> NliJudge:
     directory = resolve_model(name, settings=settings)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
-        model: Any = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32)
+        model: Any = AutoModelForSequenceClassification.from_pretrained(
+            directory, dtype=torch.float32, use_safetensors=True
+        )
     except (OSError, ValueError, KeyError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelNotFoundError(

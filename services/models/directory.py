@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from services.contract.errors import ModelNotFoundError
+from services.contract.errors import ModelNotFoundError, UnsupportedError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
@@ -20,7 +20,10 @@ def same_directory(one: str | Path, other: str | Path) -> bool:
 
 
 def check_model_directory(directory: Path, *, revision: str | None) -> Path:
-    """``directory``, which holds a whole model; ModelNotFoundError says what it lacks."""
+    """``directory``, which holds a whole model; ModelNotFoundError says what it lacks.
+
+    UnsupportedError for weights that are only there as a pickle.
+    """
     if revision is not None:
         raise ModelNotFoundError(
             f"{directory} is a local directory, which has no revision {revision}",
@@ -33,7 +36,9 @@ def check_model_directory(directory: Path, *, revision: str | None) -> Path:
     missing = []
     if not (directory / "config.json").is_file():
         missing.append("config.json")
-    if not any(directory.glob("*.safetensors")) and not any(directory.glob("pytorch_model*.bin")):
+    if not any(directory.glob("*.safetensors")):
+        if any(directory.glob("pytorch_model*.bin")):
+            raise no_safetensors(str(directory))
         missing.append("weights (*.safetensors)")
     if not any((directory / file).is_file() for file in TOKENIZER_FILES):
         missing.append("a tokenizer (tokenizer.json)")
@@ -43,3 +48,13 @@ def check_model_directory(directory: Path, *, revision: str | None) -> Path:
             fix="Name a directory that save_pretrained wrote for both model and tokenizer.",
         )
     return directory
+
+
+def no_safetensors(name: str) -> UnsupportedError:
+    """The error for a model whose weights are only there in a format that is a program, and may be anybody's."""
+    return UnsupportedError(
+        f"{name} has no weights as safetensors, and pickles (pytorch_model.bin) are not read: loading one may run code",
+        fix="Many models on the hub have a copy under the revision refs/pr/1 or another. Or convert weights that you "
+        'trust: python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
+        "[x.from_pretrained('MODEL').save_pretrained('DIRECTORY') for x in (M, T)]\", and name that directory.",
+    )

@@ -17,11 +17,11 @@ from huggingface_hub.errors import (
 
 from services.contract.errors import ModelNotFoundError
 from services.contract.settings import Settings
+from services.models.directory import no_safetensors
 
 PATIENCE_SECONDS = 3.0
 BESIDE_WEIGHTS = ["*.json", "*.jinja", "*.txt", "*.model"]
 WEIGHTS = ["*.safetensors"]
-OLD_WEIGHTS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 
 
 def fetch_model(
@@ -36,15 +36,14 @@ def fetch_model(
 
     ``directory`` receives the files; without it they stay in the hub's cache. Only files that a causal language
     model loads from are fetched, not the repository's copies in other formats; without ``weights`` what is beside them.
-    ModelNotFoundError says what to do.
+    ModelNotFoundError says what to do, UnsupportedError for weights that are not there as safetensors.
     """
     online = hub_reachable(settings)
     try:
         patterns = [*BESIDE_WEIGHTS, *(WEIGHTS if weights else [])]
         snapshot = _snapshot(name, revision=revision, directory=directory, patterns=patterns, online=online)
         if weights and not any(snapshot.glob("*.safetensors")):
-            patterns += OLD_WEIGHTS
-            snapshot = _snapshot(name, revision=revision, directory=directory, patterns=patterns, online=online)
+            raise no_safetensors(name)
     except (HFValidationError, ValueError):
         raise ModelNotFoundError(
             f"{name!r} is neither a directory nor a name that a model hub could know",

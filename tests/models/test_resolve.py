@@ -1,6 +1,7 @@
 """Names of models: local directories, the hub (a loopback one), and what is said when neither helps."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -8,8 +9,10 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
-from services.contract.errors import ModelNotFoundError
+from services.contract.errors import ModelNotFoundError, UnsupportedError
 from services.contract.settings import Settings
 from services.models.resolve import resolve_model
 from tests.models.fake_hub import COMMIT, serve_hub
@@ -111,13 +114,13 @@ def _resolve_in_process(
     """The resolved directory, or the error's text; the hub library reads its address once per process."""
     program = """
         import sys
-        from services.contract.errors import ModelNotFoundError
+        from services.contract.errors import InvalidInputError
         from services.contract.settings import Settings
         from services.models import resolve
         try:
             find = {"model": resolve.resolve_model, "tokenizer": resolve.resolve_tokenizer}[sys.argv[3]]
             print(find(sys.argv[1], revision=sys.argv[2] or None, settings=Settings()))
-        except ModelNotFoundError as error:
+        except InvalidInputError as error:
             print(error.what)
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
@@ -138,3 +141,35 @@ def _resolve_in_process(
     )
     assert finished.returncode == 0, finished.stderr
     return finished.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def pickled(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model as it was saved before safetensors."""
+    directory = tmp_path_factory.mktemp("pickled") / "model"
+    shutil.copytree(tiny_model, directory, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(AutoModelForCausalLM.from_pretrained(tiny_model).state_dict(), directory / "pytorch_model.bin")
+    return directory
+
+
+def test_weights_that_are_only_there_as_a_pickle_are_refused(pickled: Path, tmp_path: Path) -> None:
+    settings = Settings(data_dir=tmp_path)
+    with pytest.raises(UnsupportedError, match=rf"{pickled} has no weights as safetensors"):
+        resolve_model(str(pickled), settings=settings)
+    with serve_hub(pickled, repository="owner/old") as (address, asked):
+        told = _resolve_in_process("owner/old", address=address, home=tmp_path)
+    assert "owner/old has no weights as safetensors" in told
+    assert not [line for line in asked if "pytorch_model" in line]
+
+
+def test_the_command_that_converts_a_pickle_does(pickled: Path, tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError) as caught:
+        resolve_model(str(pickled), settings=Settings(data_dir=tmp_path))
+    code = re.search(r'python -c "(.*)"', caught.value.fix)
+    assert code is not None
+    converted = tmp_path / "converted"
+    program = code[1].replace("MODEL", str(pickled)).replace("DIRECTORY", str(converted))
+    subprocess.run([sys.executable, "-c", program], check=True)
+    found = AutoModelForCausalLM.from_pretrained(resolve_model(str(converted), settings=Settings(data_dir=tmp_path)))
+    expected = AutoModelForCausalLM.from_pretrained(tiny_model).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in found.state_dict().items())

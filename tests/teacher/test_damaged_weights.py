@@ -12,11 +12,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from services.contract.distillation_spec import StudentSpec
 from services.contract.errors import TeacherError, UnsupportedError
 from services.contract.settings import Settings
 from services.contract.teacher.v1 import teacher_service_pb2 as pb
 from services.contract.teacher.v1.teacher_service_pb2_grpc import TeacherServiceStub
 from services.labels.cache import LabelCache
+from student_trainer.student import load_student
 from teacher_server.server import TeacherOptions
 from tests.teacher.serving import running_teacher
 
@@ -111,6 +113,12 @@ def test_weights_in_a_pickle_run_no_code(model_of: Callable[[str], Path], tmp_pa
     shutil.copytree(model_of("llama-untied"), directory, ignore=shutil.ignore_patterns("*.safetensors"))
     (directory / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(f"touch {sprung}"), protocol=2))
     options = TeacherOptions(model=str(directory), engine="transformers", port=0)
-    with pytest.raises(UnsupportedError, match="a pickle that would run code"), running_teacher(options):
+    with pytest.raises(UnsupportedError, match="has no weights as safetensors, and pickles"), running_teacher(options):
         pass
+    # Where something else there is called so, the libraries would go back to the pickle.
+    shutil.copy(next(model_of("llama-untied").glob("*.safetensors")), directory / "adapter.safetensors")
+    with pytest.raises(TeacherError, match="cannot be loaded"), running_teacher(options):
+        pass
+    with pytest.raises(OSError, match="safetensors"):
+        load_student(StudentSpec(model=str(directory)), Settings(), vocab_size=300)
     assert not sprung.exists()

@@ -63,7 +63,8 @@ def load_lens_model(name: str, *, settings: Settings, revision: str | None = Non
             fix="Choose a decoder such as Llama, Qwen or Gemma, or another detector.",
         )
     on_gpu = torch.cuda.is_available()
-    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype="auto" if on_gpu else torch.float32)
+    dtype: Any = "auto" if on_gpu else torch.float32
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, use_safetensors=True)
     model = model.to("cuda" if on_gpu else "cpu").eval()
     tokenizer = AutoTokenizer.from_pretrained(directory)
     return LensModel(name=name, model=model, tokenizer=tokenizer, fingerprint=fingerprint_model(model))
