@@ -1,5 +1,6 @@
 """``smoothkd lens train`` and ``smoothkd lens eval``: a lens from labelled summaries, and its worth on others."""
 
+import errno
 import hashlib
 import logging
 import os
@@ -7,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from services.contract.errors import DatasetError
+from services.contract.errors import DatasetError, InvalidInputError
 from services.contract.settings import Settings
 from services.evaluation.lookback.examples import INSTRUCTION
 from services.evaluation.lookback.features import (
@@ -46,6 +47,7 @@ def train_lens(
     error. ``cache`` is a folder that keeps measured ratios between runs. What the lens is worth is measured on
     ``folds`` folds of documents and stored with it; the lens itself is trained on all of them.
     """
+    _require_writable(out)
     summaries = _label(read_labels(data), data, judge, out.with_suffix(".labels.jsonl"), progress)
     lens_model = load_lens_model(model, settings=settings)
     items = _measure(lens_model, summaries, instruction, cache, progress)
@@ -172,8 +174,20 @@ def _digest(data: Path) -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
+def _require_writable(out: Path) -> None:
+    """Before anything is measured, which may take hours."""
+    probe = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        if out.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InvalidInputError(f"{out} cannot be written: {error.strerror}", fix="Name another --out.") from None
+
+
 def _write(lens: Lens, out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     temporary.write_text(lens.model_dump_json(indent=1) + "\n", encoding="utf-8")
     temporary.replace(out)

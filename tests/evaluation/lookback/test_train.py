@@ -228,6 +228,17 @@ def test_a_lens_of_another_model_is_refused_before_anything_is_measured(tiny_mod
         detect_lookback([(DOCUMENTS[0], "Text.")], model=str(tiny_model), lens=out, settings=SETTINGS)
 
 
+@pytest.mark.parametrize("out", ["file/lens.json", "folder"])
+def test_a_lens_that_cannot_be_written_is_told_before_anything_is_measured(out: str, tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data.jsonl")
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InvalidInputError, match=f"{out} cannot be written: (File exists|Is a directory)"):
+        # There is no such model, which is not what is told.
+        train_lens(data, model="./none", out=tmp_path / out, settings=SETTINGS)
+    assert not any((tmp_path / "folder").iterdir())
+
+
 def test_missing_labels_come_from_the_judge(tiny_model: Path, tmp_path: Path) -> None:
     data = write_data(tmp_path / "data.jsonl", labelled=False)
     out = tmp_path / "lens.json"
