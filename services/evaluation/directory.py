@@ -102,7 +102,10 @@ def _claim(out: Path, *, directory: Path, spec: EvaluationSpec, server: ModelSer
 
 def _judges(spec: EvaluationSpec, *, directory: Path, settings: Settings) -> dict[str, str]:
     """Who will judge, of every benchmark whose items can be read; what goes wrong is told when it is carried out."""
-    architecture = architecture_of(AutoConfig.from_pretrained(directory))
+    try:
+        architecture = architecture_of(AutoConfig.from_pretrained(directory))
+    except (OSError, ValueError):
+        return {}
     found: dict[str, str] = {}
     for benchmark in (one for one in spec.benchmarks if one.name in SUMMARISATION):
 

@@ -1,5 +1,6 @@
 """What a model's directory must hold. Light: it needs neither torch nor a hub library."""
 
+import json
 import os
 from pathlib import Path
 
@@ -47,7 +48,19 @@ def check_model_directory(directory: Path, *, revision: str | None) -> Path:
             f"{directory} is not a model: it lacks {', '.join(missing)}",
             fix="Name a directory that save_pretrained wrote for both model and tokenizer.",
         )
+    _check_configuration(directory / "config.json")
     return directory
+
+
+def _check_configuration(file: Path) -> None:
+    try:
+        whole = isinstance(json.loads(file.read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError):
+        whole = False
+    if not whole:
+        raise ModelNotFoundError(
+            f"{file} cannot be read as a JSON object", fix="Copy the model again, or name another directory."
+        )
 
 
 def no_safetensors(name: str) -> UnsupportedError:

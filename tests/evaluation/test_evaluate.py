@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import sacrebleu
 
-from services.contract.errors import CancelledError, ConflictError, EvaluationError, InvalidInputError
+from services.contract.errors import CancelledError, ConflictError, EvaluationError, InvalidInputError, SmoothKDError
 from services.contract.evaluation_spec import EvaluationSpec, JudgeSpec
 from services.contract.records import Generation, Score
 from services.contract.settings import Settings
@@ -219,6 +220,13 @@ def test_a_directory_that_cannot_be_read_or_made_is_named(tiny_model: Path, sett
     file.touch()
     with pytest.raises(InvalidInputError, match="file can be no directory: File exists"):
         evaluate_to_directory(str(tiny_model), _spec("demo_news", limit=1), file, settings)
+
+
+def test_a_model_of_an_unknown_kind_is_named(tiny_model: Path, settings: Settings, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "no-such-architecture"}')
+    with pytest.raises(SmoothKDError, match="no-such-architecture"):
+        evaluate_to_directory(str(tmp_path / "model"), _spec("demo_news", limit=1), tmp_path / "out", settings)
 
 
 def test_a_directory_holds_one_idf(tiny_model: Path, settings: Settings, tmp_path: Path) -> None:

@@ -37,6 +37,14 @@ def test_an_incomplete_directory_names_what_it_lacks(
         resolve_model(str(broken), settings=Settings(data_dir=tmp_path))
 
 
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff"])
+def test_a_damaged_configuration_is_named(content: bytes, tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_bytes(content)
+    with pytest.raises(ModelNotFoundError, match=r"model/config\.json cannot be read as a JSON object"):
+        resolve_model(str(tmp_path / "model"), settings=Settings(data_dir=tmp_path))
+
+
 def test_a_lora_adapter_is_told_apart(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelNotFoundError, match="LoRA adapter"):
