@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -19,7 +20,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from services.contract.distillation_spec import StudentSpec
-from services.contract.errors import UnsupportedError
+from services.contract.errors import ModelNotFoundError, UnsupportedError
 from services.contract.settings import Settings
 from services.models.architecture import decoder_start, language_model_class
 from services.models.logit_shape import logit_scale, soft_cap
@@ -56,17 +57,22 @@ def load_student(
     """The student's model, ready to train: all of its weights in float32, or adapters of its own ``seed`` on weights
     that are frozen in ``frozen_dtype``.
 
-    UnsupportedError when its logits are not those of one output head that covers ``vocab_size`` tokens. SpecError and
-    MissingExtraError for adapters that cannot be had.
+    ModelNotFoundError for weights that cannot be read. UnsupportedError when its logits are not those of one output
+    head that covers ``vocab_size`` tokens. SpecError and MissingExtraError for adapters that cannot be had.
     """
     quantized = quantization(spec.lora, compute_dtype=frozen_dtype)
     directory = resolve_model(spec.model, revision=spec.revision, settings=settings)
     transformers_logging.disable_progress_bar()
     dtype = torch.float32 if spec.lora is None else frozen_dtype
     options = {} if quantized is None else {"quantization_config": quantized}
-    model: PreTrainedModel = language_model_class(directory).from_pretrained(
-        directory, dtype=dtype, use_safetensors=True, **options
-    )
+    try:
+        model: PreTrainedModel = language_model_class(directory).from_pretrained(
+            directory, dtype=dtype, use_safetensors=True, **options
+        )
+    except SafetensorError as error:
+        raise ModelNotFoundError(
+            f"the weights of {directory} cannot be read: {error}", fix="Copy or download the model again."
+        ) from None
     _make_generation_config_savable(model)
     if quantized is not None:
         keep_trainable(model)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, GenerationConfig
 
 from services.contract.errors import ModelNotFoundError
@@ -41,7 +42,7 @@ def load_model(directory: str, *, server: ModelServer | None = None) -> LoadedMo
         tokenizer = AutoTokenizer.from_pretrained(directory)
         dtype = torch.bfloat16 if on_gpu else torch.float32
         model: Any = language_model_class(directory).from_pretrained(directory, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelNotFoundError(
             f"{directory} cannot be loaded as a language model: {first}",

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from services.contract.distillation_spec import StudentSpec
-from services.contract.errors import UnsupportedError
+from services.contract.errors import ModelNotFoundError, UnsupportedError
 from services.contract.settings import Settings
 from services.models.tiny import make_tiny_model
 from student_trainer.student import final_hidden_states, load_student
@@ -26,6 +26,13 @@ def test_a_head_with_fewer_rows_than_the_tokenizer_has_ids_is_refused(tmp_path: 
     directory = make_tiny_model(tmp_path / "model")
     with pytest.raises(UnsupportedError, match="output head only"):
         load_student(StudentSpec(model=str(directory)), settings, vocab_size=10_000)
+
+
+def test_weights_that_are_cut_short_are_named(tmp_path: Path, settings: Settings) -> None:
+    weights = make_tiny_model(tmp_path / "model") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ModelNotFoundError, match=f"the weights of {tmp_path / 'model'} cannot be read"):
+        load_student(StudentSpec(model=str(tmp_path / "model")), settings, vocab_size=100)
 
 
 def test_logits_bent_in_an_unknown_way_are_refused(
