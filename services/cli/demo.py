@@ -11,13 +11,11 @@ from services.cli import sweep_views
 from services.cli.supervisor import Supervisor
 from services.cli.up import dashboard_url, running_platform, serve_until_stopped
 from services.contract.api_client import ApiClient
-from services.contract.errors import ApiUnavailableError, ModelNotFoundError
+from services.contract.errors import ApiUnavailableError
 from services.contract.settings import Settings
 from services.contract.shipped import shipped_sweep
 from services.contract.spec_reading import load_sweep
 from services.contract.states import State
-from services.models.minilm import NAME as MINILM
-from services.models.minilm import encoder_directory
 
 console = Console()
 
@@ -34,8 +32,6 @@ def run_demo(settings: Settings, *, sweep_file: Path | None, leave: bool) -> int
     file = sweep_file or shipped_sweep("demo.yaml")
     spec = sweep_views.with_absolute_paths(load_sweep(file), file)
     model = spec.teacher.model if spec.teacher else spec.student.model
-    if "consistency" in spec.evaluation.metrics:
-        _fetch_encoder(settings)
     status = 1
     with running_platform(settings, model=model, engine="auto", workers=1) as supervisor:
         with sweep_views.client_of(settings) as api:
@@ -54,16 +50,6 @@ def run_demo(settings: Settings, *, sweep_file: Path | None, leave: bool) -> int
             console.print("Serving until Ctrl-C.")
             serve_until_stopped(supervisor)
     return status
-
-
-def _fetch_encoder(settings: Settings) -> None:
-    """Before any training, with its progress in view; without it the demo goes on and says what is missing."""
-    console.print(f"fetching {MINILM}, which judges consistency")
-    try:
-        with console.status("downloading"):
-            encoder_directory(settings)
-    except ModelNotFoundError as error:
-        console.print(f"[yellow]no consistency scores[/]: {escape(error.what)}\n  {escape(error.fix)}")
 
 
 def _follow(api: ApiClient, sweep_id: str, supervisor: Supervisor) -> None:

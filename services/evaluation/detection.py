@@ -104,10 +104,10 @@ def detect_lookback(pairs: Pairs, options: DetectorOptions, progress: Progress) 
 
 
 def detect_consistency(pairs: Pairs, options: DetectorOptions, progress: Progress) -> list[Detection]:
-    """What goes beyond or against the source sentences that support it best; a small network on MiniLM."""
+    """What goes beyond or against the source sentences that support it best; a small network on MiniLM, shipped."""
     from services.evaluation.consistency.detector import load_detector
 
-    detector = load_detector(options.settings)
+    detector = load_detector()
     return [
         Detection(score=item.score, spans=item.spans, missing=None if item.score is not None else NOTHING)
         for item in _in_parts(detector.detect, pairs, progress)

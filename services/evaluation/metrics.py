@@ -121,12 +121,12 @@ def _load(
         "meteor_exact_stem": lambda: _against_reference(meteor_exact_stem),
         "bertscore": lambda: _bertscore(judges, references, settings),
         "support": lambda: _support,
-        "consistency": lambda: _consistency(settings),
+        "consistency": _consistency,
         "factual_rate": lambda: load_factual_rate(judges.lens, loaded=loaded, name=name),
         "factual_consistency": lambda: _pairwise(load_hhem(judges.hhem, settings=settings).judge),
         "entailment": lambda: _pairwise(load_nli(judges.nli or "", settings=settings).judge),
         "self_consistency": lambda: SelfConsistency(
-            load_detector(settings), loaded=loaded, samples=spec.samples, max_new_tokens=spec.max_new_tokens
+            load_detector(), loaded=loaded, samples=spec.samples, max_new_tokens=spec.max_new_tokens
         ),
     }
     return loaders[metric]()
@@ -171,8 +171,8 @@ def _bertscore(judges: JudgeSpec, references: Sequence[str], settings: Settings)
     return judge
 
 
-def _consistency(settings: Settings) -> Metric:
-    detector = load_detector(settings)
+def _consistency() -> Metric:
+    detector = load_detector()
 
     def judge(answers: Sequence[Answer]) -> list[Verdict]:
         detections = detector.detect([(one.source, one.output) for one in answers])

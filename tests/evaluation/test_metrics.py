@@ -56,7 +56,7 @@ def test_consistency_is_the_detectors_word_and_keeps_its_spans(
     tiny_model: Path, settings: Settings, benchmark: dict[str, str]
 ) -> None:
     scores, generations = _evaluate(tiny_model, settings, benchmark, metrics=["support", "consistency"])
-    detections = detect_consistency([(one.source, one.output) for one in generations], settings=settings)
+    detections = detect_consistency([(one.source, one.output) for one in generations])
     expected = [100 * (1 - one.score) for one in detections if one.score is not None]
     assert scores["consistency"].value == pytest.approx(sum(expected) / len(expected), abs=0.01)
     assert scores["consistency"].items == len(expected) > 0
@@ -201,8 +201,8 @@ def test_self_consistency_compares_with_samples_that_stay_the_same(
     assert 0 <= drawn[0][0]["self_consistency"].value <= 100
 
 
-def test_self_consistency_is_the_mean_over_sentences_and_samples(settings: Settings) -> None:
-    detector = load_detector(settings)
+def test_self_consistency_is_the_mean_over_sentences_and_samples() -> None:
+    detector = load_detector()
     output = "The harbour of Ostrel has 14 ferries. A casino was opened by Paolo Ricci."
     samples = [ARTICLES[0], "Fourteen ferries were repaired in the harbour of Ostrel.", ""]
     verdict = compare(output, samples, detector=detector)

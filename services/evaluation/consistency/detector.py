@@ -1,8 +1,8 @@
 """The embedded consistency detector: marks what an output says beyond, or against, its source. It needs no model hub.
 
 It reads an output sentence by sentence beside the source sentences that support each best, with the MiniLM sentence
-encoder and a small network trained by ``services.evaluation.consistency.train``. English only; scores are those of
-news summaries.
+encoder and a small network trained by ``services.evaluation.consistency.train``, both shipped with the package. English
+only; scores are those of news summaries.
 """
 
 import functools
@@ -14,14 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from services.contract.records import Span
-from services.contract.settings import Settings
 from services.evaluation.consistency.batching import EncodedClaim, encode_pairs
 from services.evaluation.consistency.encoding import Encoder
 from services.evaluation.consistency.network import ConsistencyNetwork
 from services.evaluation.consistency.scoring import ClaimScore, output_score, score_claims
 from services.evaluation.consistency.text import Word
-from services.evaluation.consistency.weights import SHIPPED, read_network
-from services.models.minilm import encoder_directory
+from services.evaluation.consistency.weights import SHIPPED, read_model
 
 DETECTOR = "consistency"
 PAIRS_AT_A_TIME = 64
@@ -35,16 +33,14 @@ class Detection(NamedTuple):
     spans: list[Span]
 
 
-def detect_consistency(
-    pairs: Sequence[tuple[str, str]], *, settings: Settings | None = None, weights: Path = SHIPPED
-) -> list[Detection]:
+def detect_consistency(pairs: Sequence[tuple[str, str]], *, weights: Path = SHIPPED) -> list[Detection]:
     """One detection for each (document, output), in order.
 
     An output without words has the score None and no spans; beside a document without words everything is
-    unsupported. ``settings`` says where the encoder is kept; ``weights`` is a folder that training wrote. A pair's
-    result does not depend on the other pairs beyond rounding.
+    unsupported. ``weights`` is a folder that training wrote. A pair's result does not depend on the other pairs
+    beyond rounding.
     """
-    detector = load_detector(settings or Settings(), weights=weights)
+    detector = load_detector(weights)
     return [
         detection
         for start in range(0, len(pairs), PAIRS_AT_A_TIME)
@@ -53,10 +49,9 @@ def detect_consistency(
 
 
 @functools.cache
-def load_detector(settings: Settings, *, weights: Path = SHIPPED) -> "Detector":
+def load_detector(weights: Path = SHIPPED) -> "Detector":
     """The detector with the encoder loaded, once per process. InvalidInputError for a folder without its files."""
-    network, card = read_network(weights)
-    encoder = Encoder(encoder_directory(settings))
+    network, encoder, card = read_model(weights)
     return Detector(network, encoder=encoder, word_threshold=float(card["word_threshold"]))
 
 

@@ -3,6 +3,7 @@
 Shapes: N chunks, T word pieces, D the encoder's hidden size times the number of layers kept.
 """
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,12 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import BertConfig, BertModel
 
+from services.evaluation.consistency.eight_bits import read_eight_bits, write_eight_bits
 from services.evaluation.consistency.text import Word
+
+WEIGHTS = "encoder.safetensors"
+CONFIG = "encoder.json"
+TOKENIZER = "tokenizer.json"
 
 CHUNK_PIECES = 254
 LAYERS = (2, 6)
@@ -21,6 +27,17 @@ LAYERS = (2, 6)
 
 HIDDEN = 384 * len(LAYERS)
 _CLS, _SEP = 101, 102
+
+
+def write_encoder(source: Path, folder: Path) -> None:
+    """The published encoder in the directory ``source`` as the files that ``Encoder`` reads, 23 MB."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = load_file(source / "model.safetensors")
+    # The file also holds a pooler, and positions that the library makes itself.
+    names = BertModel(BertConfig.from_pretrained(source), add_pooling_layer=False).state_dict()
+    write_eight_bits({name: weights[name] for name in names}, folder / WEIGHTS)
+    shutil.copyfile(source / "config.json", folder / CONFIG)
+    shutil.copyfile(source / "tokenizer.json", folder / TOKENIZER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,17 +60,19 @@ class Text:
 class Encoder:
     """The frozen encoder. Texts are lists of sentences; neighbours are read together, up to CHUNK_PIECES pieces."""
 
-    def __init__(self, directory: Path, *, precision: torch.dtype = torch.float32) -> None:
-        """bfloat16 is several times faster on processors that have it, and much slower on others."""
+    def __init__(self, folder: Path, *, precision: torch.dtype = torch.float32) -> None:
+        """From what ``write_encoder`` left in ``folder``.
+
+        bfloat16 is several times faster on processors that have it, and much slower on others. OSError, ValueError or
+        SafetensorError for a folder without an encoder.
+        """
         self._precision = precision
-        self._tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        self._tokenizer = Tokenizer.from_buffer((folder / TOKENIZER).read_bytes())
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        config = BertConfig.from_pretrained(directory)
+        config = BertConfig.from_json_file(folder / CONFIG)
         self._model = BertModel(config, add_pooling_layer=False).eval().requires_grad_(False)
-        weights = load_file(directory / "model.safetensors")
-        # The file also holds a pooler, and positions that the library now makes itself.
-        self._model.load_state_dict({name: weights[name] for name in self._model.state_dict()})
+        self._model.load_state_dict(read_eight_bits(folder / WEIGHTS))
 
     def encode(self, texts: Sequence[Text], *, batch_size: int = 16) -> list[dict[int, EncodedSentence]]:
         """For each text at least the wanted sentences, by index.

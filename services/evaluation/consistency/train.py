@@ -33,7 +33,7 @@ from rich.progress import TaskID
 from sklearn.metrics import precision_recall_curve
 
 from services.contract.settings import Settings
-from services.evaluation.consistency.encoding import Encoder
+from services.evaluation.consistency.encoding import Encoder, write_encoder
 from services.evaluation.consistency.folds import Course, Report, fit_copy, score_held_out
 from services.evaluation.consistency.held_out import Judgement, write_held_out
 from services.evaluation.consistency.labelled import Example, read_labelled
@@ -60,7 +60,8 @@ def main(
 ) -> None:
     """Train the consistency model, and score every labelled document by a network that has not seen it."""
     torch.use_deterministic_algorithms(True)
-    encoder = Encoder(encoder_directory(Settings()), precision=getattr(torch, precision.value))
+    write_encoder(encoder_directory(Settings()), out)
+    encoder = Encoder(out, precision=getattr(torch, precision.value))
     console = Console(stderr=True)
     examples = read_labelled(data)
     made = make_examples(read_material(data, apart_from=examples), seed=seed)

@@ -1,4 +1,4 @@
-"""The trained network on disk: one safetensors file, and a card that says how they came about."""
+"""The consistency model on disk: the encoder, the trained network, and a card that says how it came about."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from services.contract.errors import InvalidInputError
+from services.evaluation.consistency.encoding import Encoder
 from services.evaluation.consistency.network import ConsistencyNetwork
 
 SHIPPED = Path(__file__).parent / "shipped"
@@ -15,18 +16,19 @@ WEIGHTS = "network.safetensors"
 CARD = "card.json"
 
 
-def read_network(folder: Path) -> tuple[ConsistencyNetwork, dict[str, Any]]:
-    """The network and its card. InvalidInputError for a folder without them, or with those of another version."""
+def read_model(folder: Path) -> tuple[ConsistencyNetwork, Encoder, dict[str, Any]]:
+    """Network, encoder and card. InvalidInputError for a folder without them, or with those of another version."""
     try:
         card = json.loads((folder / CARD).read_text(encoding="utf-8"))
         network = ConsistencyNetwork()
         network.load_state_dict(load_file(folder / WEIGHTS))
+        encoder = Encoder(folder)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InvalidInputError(
             f"{folder} holds no consistency model of this version: {error}",
             fix="Name a folder that python -m services.evaluation.consistency.train wrote with this version.",
         ) from None
-    return network.eval(), card
+    return network.eval(), encoder, card
 
 
 def write_network(network: ConsistencyNetwork, folder: Path, *, card: dict[str, Any]) -> None:

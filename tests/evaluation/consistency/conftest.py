@@ -1,23 +1,16 @@
 """The encoder, and articles that no training has seen."""
 
-from pathlib import Path
-
 import pytest
 
 from services.contract.evaluation_spec import BenchmarkSpec
-from services.contract.settings import Settings
 from services.datasets.reading import load_items
 from services.evaluation.consistency.encoding import Encoder
+from services.evaluation.consistency.weights import SHIPPED
 
 
 @pytest.fixture(scope="session")
-def settings() -> Settings:
-    return Settings(data_dir=Path.home() / ".cache" / "smoothkd-tests")
-
-
-@pytest.fixture(scope="session")
-def encoder(minilm: Path) -> Encoder:
-    return Encoder(minilm)
+def encoder() -> Encoder:
+    return Encoder(SHIPPED)
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,6 @@ from tokenizers import Tokenizer
 from transformers import BertModel
 
 from services.contract.errors import InvalidInputError
-from services.contract.settings import Settings
 from services.evaluation.consistency.claims import Source, read_claims
 from services.evaluation.consistency.detector import Detector, detect_consistency, load_detector
 from services.evaluation.consistency.encoding import CHUNK_PIECES, LAYERS, Encoder, Text
@@ -29,8 +28,8 @@ INVENTED = "Velm opened a casino designed by the architect Paolo Ricci."
 
 
 @pytest.fixture(scope="module")
-def detector(settings: Settings, minilm: Path) -> Detector:
-    return load_detector(settings)
+def detector() -> Detector:
+    return load_detector()
 
 
 def test_invented_facts_score_worse_and_are_marked(detector: Detector) -> None:
@@ -126,7 +125,7 @@ def test_scores_follow_the_experts_on_a_set_never_trained_on(detector: Detector,
     assert correlation >= 0.3
 
 
-def test_encoder_states_are_those_of_the_published_model(minilm: Path, encoder: Encoder) -> None:
+def test_encoder_states_are_nearly_those_of_the_published_model(minilm: Path, encoder: Encoder) -> None:
     sentences = ["The first ferry to Korsund left at noon.", "It carried 310 passengers, she said."]
     [found] = encoder.encode([Text(sentences, [read_words(sentence) for sentence in sentences], {1})])
     tokenizer = Tokenizer.from_file(str(minilm / "tokenizer.json"))
@@ -137,7 +136,10 @@ def test_encoder_states_are_those_of_the_published_model(minilm: Path, encoder: 
         hidden = reference(input_ids=ids, output_hidden_states=True).hidden_states
     expected = torch.cat([hidden[layer] for layer in LAYERS], dim=-1)[0, 1:-1]
     states = torch.cat([found[0].states_TD, found[1].states_TD]).float()
-    torch.testing.assert_close(states, expected, atol=2e-3, rtol=2e-3)
+    for kept, published in zip(states.chunk(len(LAYERS), -1), expected.chunk(len(LAYERS), -1), strict=True):
+        cosine_T = torch.nn.functional.cosine_similarity(kept, published, dim=-1)
+        assert cosine_T.min() > 0.998
+        assert (kept - published).abs().mean() < 0.03 * published.abs().mean()
     words = [word.text for word in read_words(sentences[1])]
     assert words == ["It", "carried", "310", "passengers", "she", "said"]
     assert [words[owner] for owner in found[1].word_of_piece if owner >= 0] == words
@@ -163,12 +165,13 @@ def test_the_passage_holds_what_the_claim_needs() -> None:
     assert any("310" in source.sentences[index] for index in claim.passage)
 
 
-def test_a_folder_without_a_model_is_refused(settings: Settings, tmp_path: Path) -> None:
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match="holds no consistency model"):
-        detect_consistency([(ARTICLE, SUMMARY)], settings=settings, weights=tmp_path)
+        detect_consistency([(ARTICLE, SUMMARY)], weights=tmp_path)
 
 
 def test_the_shipped_model_is_small_and_holds_no_text() -> None:
     files = list(SHIPPED.iterdir())
-    assert sum(file.stat().st_size for file in files) < 3e6
-    assert {file.name for file in files} == {"card.json", "network.safetensors"}
+    assert sum(file.stat().st_size for file in files) < 30e6
+    names = {"card.json", "encoder.json", "encoder.safetensors", "network.safetensors", "tokenizer.json"}
+    assert {file.name for file in files} == names
