@@ -1,15 +1,16 @@
-"""Before a teacher serves: do its exact labels, through its head, give the model's own logits?
+"""Before a teacher serves: do its exact labels, through its head, give the model's own logits, and does it write so?
 
 Shape suffixes: T tokens, V vocabulary.
 """
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from services.contract.errors import TeacherError
-from services.contract.sequences import LabelOptions, TokenSequence
+from services.contract.sequences import DecodeOptions, LabelOptions, Prompt, TokenSequence
 from services.contract.soft_labels import ExactLabels, ScoredSequence, checked_positions, log_softmax
 from services.contract.tensors import Array
 from teacher_server.engine import Engine
@@ -22,6 +23,10 @@ PROBE_TEXT = (
 _PROBE_TOKENS = 48
 _TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2, "float16": 5e-3}
 """Root mean square of the error in centred logits, relative to the logits' own: 16-bit models round theirs."""
+
+_CONTINUED_PROMPTS = 8
+_CHOICE_TOLERANCE = 4.0
+"""Times the tolerance that a token which was written may stay behind the likeliest: of near equals either may win."""
 
 _OTHER_CODE = {"float32": 1.0, "bfloat16": 2.5, "float16": 2.5}
 """Times that for an engine whose layers are not those of the reference and round in other places: between vLLM and
@@ -41,7 +46,7 @@ class SelfCheck:
 
 
 async def self_check(engine: Engine, *, label_dtype: str) -> SelfCheck:
-    """Score a probe and compare; TeacherError when the labels are not the model's own distribution."""
+    """Score a probe and compare; TeacherError when labels or continuations are not of the model's own distribution."""
     card = engine.describe()
     token_ids = probe_ids(engine)
     positions = list(range(1, len(token_ids)))
@@ -67,6 +72,8 @@ async def self_check(engine: Engine, *, label_dtype: str) -> SelfCheck:
             fix="This architecture scales or transforms its logits in a way that this release does not know; "
             "serve another model.",
         )
+    if card.generates:
+        await _check_choices(engine, token_ids, reference_TV, tolerance=_CHOICE_TOLERANCE * tolerance)
     exact_TV = log_softmax(head.logits(scored.labels.hidden_ND))
     sent_TV = log_softmax(head.logits(as_label_dtype(scored.labels, label_dtype).hidden_ND))
     likely_TV = exact_TV > -10
@@ -91,6 +98,23 @@ def probe_ids(engine: Engine) -> list[int]:
 async def score_one(engine: Engine, sequence: TokenSequence) -> ScoredSequence:
     """Exact labels of one sequence."""
     return await engine.score(sequence, LabelOptions())
+
+
+async def _check_choices(engine: Engine, token_ids: Sequence[int], reference_TV: Array, *, tolerance: float) -> None:
+    """Decoding may be another engine's work, with weights of its own."""
+    lengths = range(1, len(token_ids), max(1, len(token_ids) // _CONTINUED_PROMPTS))
+    prompts = [Prompt(id=str(length), token_ids=list(token_ids[:length])) for length in lengths]
+    options = DecodeOptions(max_new_tokens=1)
+    answers = await asyncio.gather(*(engine.generate(prompt, options) for prompt in prompts))
+    chosen_P = [answer.token_ids[0] for answer in answers]
+    logits_PV = reference_TV[np.array(lengths) - 1]
+    behind = float((logits_PV.max(axis=1) - logits_PV[np.arange(len(chosen_P)), chosen_P]).max() / _spread(logits_PV))
+    if not behind <= tolerance:
+        raise TeacherError(
+            f"{engine.describe().model} would not write what is likeliest by its own distribution: a token's logit is "
+            f"behind by {behind:.2%} (tolerance {tolerance:.2%})",
+            fix="The weights that decode are not those that label; start the teacher again, or without --generation.",
+        )
 
 
 def _relative_error(logits_TV: Array, reference_TV: Array) -> float:

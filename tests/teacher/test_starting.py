@@ -111,6 +111,19 @@ def test_a_teacher_whose_labels_are_not_its_own_refuses_to_serve(
         pass
 
 
+def test_a_teacher_that_decodes_with_other_weights_refuses_to_serve(
+    model_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from teacher_server import transformers_engine
+
+    other = AutoModelForCausalLM.from_pretrained(model_of("qwen3-untied"))
+    decode = transformers_engine.decode_batch
+    monkeypatch.setattr(transformers_engine, "decode_batch", lambda _, *inputs, **how: decode(other, *inputs, **how))
+    options = TeacherOptions(model=str(model_of("llama-untied")), engine="transformers", port=0)
+    with pytest.raises(TeacherError, match="would not write what is likeliest"), running_teacher(options):
+        pass
+
+
 @pytest.mark.parametrize(
     "config",
     [
