@@ -197,6 +197,7 @@ def _marked_by_one(study: CaseStudy) -> CaseStudy:
     """The study with the spans of the detector that is chosen, or of all of them; a choice where there are several."""
     detectors = detectors_of(study)
     if len(detectors) < 2:
+        st.caption(agreement_text(study))
         return study
     chosen = st.segmented_control(
         "Marked by",

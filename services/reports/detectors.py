@@ -52,12 +52,19 @@ def agreement(outputs: Sequence[CaseOutput], detectors: Sequence[str]) -> dict[P
 
 
 def agreement_text(study: CaseStudy) -> str:
-    """A sentence on the detectors of a case study; empty where fewer than two marked anything."""
+    """A sentence on the detectors of a case study; empty where fewer than two judged it, or none marked anything."""
+    marking = detectors_of(study)
+    # Whoever marked nothing in outputs that it judged agrees with all that is left unmarked.
+    silent = [name for name in DETECTORS if name not in marking and _has_judged(study, name)]
     alike = ", ".join(
         f"{detector_title(one)} and {detector_title(other)} {share:.0%}"
-        for (one, other), share in agreement(study.outputs, detectors_of(study)).items()
+        for (one, other), share in agreement(study.outputs, [*marking, *silent] if marking else []).items()
     )
     return f"Of these outputs' characters, both mark or neither marks: {alike}." if alike else ""
+
+
+def _has_judged(study: CaseStudy, detector: str) -> bool:
+    return all(DETECTORS[detector] in output.scores for output in study.outputs)
 
 
 def detector_title(name: str) -> str:

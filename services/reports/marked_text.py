@@ -57,13 +57,23 @@ def _segment_html(segment: Segment) -> str:
     text = escape(segment.text)
     if not segment.spans:
         return text
-    surest = max(segment.spans, key=lambda span: span.score)
+    shown = _shown(segment.spans)
     # An element and not an attribute: the browser's sanitiser drops attributes that look like markup.
     tip = "\n".join(dict.fromkeys(_explanation(span) for span in segment.spans))
     return (
-        f'<mark class="sk-span {kind_class(surest.kind)}" style="--strength:{12 + 24 * surest.score:.0f}%" '
+        f'<mark class="sk-span {kind_class(shown.kind)}" style="--strength:{12 + 24 * shown.score:.0f}%" '
         f'tabindex="0">{text}<span class="sk-tip" role="tooltip">{escape(tip)}</span></mark>'
     )
+
+
+def _shown(spans: Sequence[Span]) -> Span:
+    """The surest of the innermost: one detector's sentence must not hide the word in it that another names."""
+    innermost = [one for one in spans if not any(_lies_within(other, one) for other in spans)]
+    return max(innermost, key=lambda span: span.score)
+
+
+def _lies_within(inner: Span, outer: Span) -> bool:
+    return outer.start <= inner.start and inner.end <= outer.end and inner.end - inner.start < outer.end - outer.start
 
 
 def _explanation(span: Span) -> str:

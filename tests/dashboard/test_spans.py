@@ -83,6 +83,18 @@ def test_a_nested_span_keeps_the_outer_one_on_both_sides():
     ]
 
 
+def test_a_word_shows_within_a_surer_sentence_of_another_detector():
+    seen = Marks(
+        marked_html("abcdefgh", [span(0, 8, kind="sentence", score=0.9), span(3, 5, kind="number", score=0.6)])
+    )
+    assert [(mark["text"], mark["class"].split()[-1]) for mark in seen.marks] == [
+        ("abc", "sk-kind-other"),
+        ("de", "sk-kind-number"),
+        ("fgh", "sk-kind-other"),
+    ]
+    assert len(seen.marks[1]["tip"].splitlines()) == 2
+
+
 def test_adjacent_spans_stay_two_marks():
     seen = Marks(marked_html("17crowns", [span(0, 2, kind="number"), span(2, 8, kind="word")]))
     assert [mark["text"] for mark in seen.marks] == ["17", "crowns"]

@@ -10,7 +10,14 @@ from markdown_it import MarkdownIt
 
 from services.contract.records import CaseOutput, CaseStudy, Span
 from services.reports.case_export import export_studies
-from services.reports.detectors import agreement, covered_characters, detectors_of, marked_by, marked_by_first
+from services.reports.detectors import (
+    agreement,
+    agreement_text,
+    covered_characters,
+    detectors_of,
+    marked_by,
+    marked_by_first,
+)
 from tests.reports.made import make_runs
 
 HOSTILE = (
@@ -135,6 +142,20 @@ def test_files_say_how_far_the_detectors_agree(form: str) -> None:
     assert "both mark or neither" not in export_studies(
         [study(text, spans=[span(0, 6)])], make_runs(), title="t", form=form
     )
+
+
+def test_a_detector_that_judged_and_marked_nothing_counts_in_the_agreement() -> None:
+    marked = study("a" * 40, spans=[span(0, 6)])
+    judged = [
+        output.model_copy(update={"scores": {"support": 85.0, "factual_rate": 100.0}}) for output in marked.outputs
+    ]
+    one_more = marked.model_copy(update={"outputs": judged})
+    assert (
+        agreement_text(one_more)
+        == f"Of these outputs' characters, both mark or neither marks: Support and Factual rate {34 / 40:.0%}."
+    )
+    # It has not judged them all.
+    assert agreement_text(one_more.model_copy(update={"outputs": [judged[0], *marked.outputs[1:]]})) == ""
 
 
 def test_the_first_detector_marks_a_page() -> None:
