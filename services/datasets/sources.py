@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 FORMATS = (".jsonl", ".jsonl.gz", ".parquet")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 HUB_TIMEOUT_SECONDS = 10.0
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,14 +64,15 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     place = f"{path}, line {number}"
-                    yield Row(number=number, place=place, values=_json_object(line, place=place))
+                    yield Row(number=number, place=place, values=json_object(line, place=place))
     except (OSError, EOFError) as error:
         raise DatasetError(
             f"{path}: cannot be read after line {number}: {error}", fix="Check the file; it may be cut short."
         ) from None
 
 
-def _json_object(line: bytes, *, place: str) -> Mapping[str, Any]:
+def json_object(line: bytes, *, place: str) -> dict[str, Any]:
+    """What a line of JSON Lines holds. DatasetError, which names the ``place``, for what is not an object of text."""
     try:
         values = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -85,6 +87,14 @@ def _json_object(line: bytes, *, place: str) -> Mapping[str, Any]:
             f"{place}: holds {type(values).__name__}, not an object",
             fix="Write one JSON object per line.",
         )
+    if _SURROGATE.search(line):
+        try:
+            json.dumps(values, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = str(error.object)[error.start]
+            raise DatasetError(
+                f"{place}: holds {half!a}, half of a character", fix="Write the whole character, or remove it."
+            ) from None
     return values
 
 

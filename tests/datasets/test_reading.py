@@ -67,6 +67,7 @@ def test_context_and_category_may_be_absent_and_extra_columns_are_left_out(tmp_p
         ({**RECORDS[0], "context": ["a"]}, "line 4: column 'context' holds list, not text"),
         ('{"instruction": "Name ports."', "line 4: is not JSON"),
         ('["Name ports."]', "line 4: holds list, not an object"),
+        (r'{"instruction": "\ud83d\ude80", "response": "\ud83d."}', r"line 4: holds '\ud83d', half of a character"),
     ],
 )
 def test_a_bad_row_among_good_ones_is_named(tmp_path: Path, bad: object, expected: str) -> None:

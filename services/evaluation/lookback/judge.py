@@ -1,6 +1,7 @@
 """Labels from a judge: an OpenAI-compatible endpoint marks what a document does not support in its summary."""
 
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -57,6 +58,7 @@ def judge_summaries(
     whose answer cannot be read stay unlabelled. ApiUnavailableError, AuthenticationError or InvalidInputError where
     the endpoint gives no answer.
     """
+    _drop_cut_line(out)
     known = {(kept.document, kept.summary): kept for kept in read_labels(out)} if _has_lines(out) else {}
     judged, unusable, not_found = [], 0, 0
     headers = {"Authorization": f"Bearer {judge.api_key}"} if judge.api_key else {}
@@ -79,6 +81,12 @@ def judge_summaries(
             if progress:
                 progress(number, len(summaries))
     return JudgedSummaries(summaries=judged, unusable=unusable, not_found=not_found)
+
+
+def _drop_cut_line(path: Path) -> None:
+    """What is left of a line whose writing was interrupted; its summary is judged again."""
+    if _has_lines(path) and not (content := path.read_bytes()).endswith(b"\n"):
+        os.truncate(path, content.rfind(b"\n") + 1)
 
 
 def _has_lines(path: Path) -> bool:

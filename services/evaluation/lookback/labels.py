@@ -1,12 +1,12 @@
 """Summaries whose hallucinated characters are known: read from JSON lines, or from a folder of XSumFaith."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from services.contract.errors import DatasetError
+from services.datasets.sources import json_object
 from services.evaluation.lookback.examples import Characters
 
 FORM = 'Each line is an object like {"document": "...", "summary": "...", "spans": [{"start": 0, "end": 7}]}.'
@@ -81,9 +81,13 @@ def _read_span(span: Any, length: int, where: str) -> Characters:
 
 def _read_xsumfaith(folder: Path) -> list[LabelledSummary]:
     """Labels per word by the majority of three annotators (Maynez et al. 2020), joined to spans."""
-    documents = {record["bbcid"]: record["document"] for record, _ in _records(folder / "documents.jsonl")}
+    documents = {}
+    for record, where in _records(folder / "documents.jsonl"):
+        _check_columns(record, {"bbcid": str, "document": str}, where)
+        documents[record["bbcid"]] = record["document"]
     summaries = []
     for record, where in _records(folder / "spans.jsonl"):
+        _check_columns(record, {"bbcid": str, "summary": str, "token_hallucinated": list}, where)
         words = words_of(record["summary"])
         if record["bbcid"] not in documents or len(words) != len(record["token_hallucinated"]):
             raise DatasetError(f"{where} does not belong to its document or its words", fix="Fetch the data set anew.")
@@ -95,6 +99,15 @@ def _read_xsumfaith(folder: Path) -> list[LabelledSummary]:
             )
         )
     return summaries
+
+
+def _check_columns(record: Mapping[str, Any], columns: Mapping[str, type], where: str) -> None:
+    wrong = [name for name, kind in columns.items() if not isinstance(record.get(name), kind)]
+    if wrong:
+        raise DatasetError(
+            f"{where}: nothing usable under {', '.join(wrong)}",
+            fix=f"A folder is read as XSumFaith; name a file for labels of your own. {FORM}",
+        )
 
 
 def _join(words: list[Characters], hallucinated: list[int]) -> tuple[Characters, ...]:
@@ -111,17 +124,10 @@ def _join(words: list[Characters], hallucinated: list[int]) -> tuple[Characters,
 
 def _records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
         raise DatasetError(f"{path} cannot be read: {error}", fix=FORM) from None
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path.name} line {number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DatasetError(f"{where} is not JSON: {error.msg}", fix=FORM) from None
-        if not isinstance(record, dict):
-            raise DatasetError(f"{where} is not an object", fix=FORM)
-        yield record, where
+        if line.strip():
+            where = f"{path.name} line {number}"
+            yield json_object(line, place=where), where

@@ -54,6 +54,19 @@ def test_labels_so_far_survive_a_judge_that_falls_silent(tmp_path: Path) -> None
     assert [json.loads(line)["summary"] for line in out.read_text().splitlines()] == ["One.", "Two."]
 
 
+def test_a_label_that_was_cut_short_is_asked_for_again(tmp_path: Path) -> None:
+    items = unlabelled("One.", "Two.")
+    out = tmp_path / "out.jsonl"
+    with serve_judge(['{"unsupported": ["One"]}', '{"unsupported": ["Two"]}', '{"unsupported": ["Two"]}']) as server:
+        judge = Judge(url=server.url, model="m", pause=0)
+        whole = judge_summaries(items, judge, out=out)
+        # As after kill -9 while the second was written.
+        out.write_bytes(out.read_bytes()[:-20])
+        assert judge_summaries(items, judge, out=out) == whole
+    assert len(server.requests) == 3
+    assert read_labels(out) == whole.summaries
+
+
 @pytest.mark.parametrize(("status", "error"), [(401, AuthenticationError), (404, InvalidInputError)])
 def test_a_refusal_ends_at_once(tmp_path: Path, status: int, error: type[Exception]) -> None:
     with serve_judge([status]) as server, pytest.raises(error, match=server.url):

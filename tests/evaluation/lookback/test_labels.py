@@ -27,8 +27,9 @@ def test_json_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "what"),
     [
-        ("{", "line 2 is not JSON"),
-        ("[]", "line 2 is not an object"),
+        ("{", "line 2: is not JSON"),
+        ("[]", "line 2: holds list, not an object"),
+        (r'{"document": "A \ud83d", "summary": "A"}', "line 2: holds '.ud83d', half of a character"),
         ('{"document": "A", "summary": " "}', "line 2 has no text in 'summary'"),
         ('{"summary": "A"}', "line 2 has no text in 'document'"),
         ('{"document": "A", "summary": "A", "spans": 3}', "line 2: spans is not a list"),
@@ -53,6 +54,16 @@ def test_missing_and_empty_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(DatasetError, match="holds no record"):
         read_labels(tmp_path / "empty.jsonl")
+
+
+def test_a_folder_of_another_form_is_named(tmp_path: Path) -> None:
+    (tmp_path / "documents.jsonl").write_text('{"bbcid": "1", "document": "A"}\n')
+    (tmp_path / "spans.jsonl").write_text('{"bbcid": "1", "summary": "A", "spans": []}\n')
+    with pytest.raises(DatasetError, match=r"spans\.jsonl line 1: nothing usable under token_hallucinated"):
+        read_labels(tmp_path)
+    (tmp_path / "documents.jsonl").write_text('{"id": "1", "document": "A"}\n')
+    with pytest.raises(DatasetError, match=r"documents\.jsonl line 1: nothing usable under bbcid"):
+        read_labels(tmp_path)
 
 
 def test_xsumfaith_labels_each_word_as_its_annotators_did(shared_data: Path) -> None:
