@@ -40,9 +40,9 @@ def compare_sides(first: str, second: str, *, settings: Settings) -> Versus:
 def print_versus(versus: Versus) -> None:
     """A table, what was left out, and the verdict."""
     console = Console(highlight=False)
-    table = Table(
-        "benchmark", "metric", "A", "B", "B - A", "95 % interval", "p adjusted", "items", box=None, pad_edge=False
-    )
+    table = Table(box=None, pad_edge=False)
+    for column in ("benchmark", "metric", "A", "B", "B - A", "95 % interval", "p adjusted", "items"):
+        table.add_column(column, overflow="fold")
     for one in versus.differences:
         if one.difference is not None:
             table.add_row(*_cells(one))

@@ -1,5 +1,6 @@
 """A report as LaTeX, in the form of the paper's tables."""
 
+import re
 from itertools import groupby
 
 from services.contract.metric_words import metric_title
@@ -110,6 +111,8 @@ def _latex_cell(report: Report, row: SummaryRow, cell: SummaryCell) -> str:
 
 
 def _latex_number(text: str) -> str:
-    """A leading sign as mathematics: LaTeX sets a hyphen shorter than a minus."""
-    escaped = latex_text(text)
-    return f"${escaped[0]}${escaped[1:]}" if escaped[:1] in ("+", "-") and escaped[:2] != "--" else escaped
+    """Signs of numbers as mathematics: LaTeX sets a hyphen shorter than a minus."""
+    return _SIGN.sub(r"$\g<0>$", latex_text(text))
+
+
+_SIGN = re.compile(r"(?<!\S)[+-](?=\d)")

@@ -90,7 +90,7 @@ def find_unsupported(output: str, source: str) -> list[Span]:
             Span(
                 start=found.start(),
                 end=found.end(),
-                detector="lexical",
+                detector="support",
                 kind=kind,
                 score={"number": 1.0, "entity": 0.9, "word": 0.5}[kind],
                 explanation=f"the source does not contain “{word}”",

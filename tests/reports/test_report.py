@@ -182,6 +182,9 @@ def test_latex_is_balanced_escaped_and_in_booktabs(report: Report) -> None:
     body = [line for line in text.splitlines() if line.endswith(r"\\") and "KD alpha=1 &" in line]
     assert {len(re.findall(r"(?<!\\)&", line)) for line in body} == {4, 8}
     assert "_" not in re.sub(r"\\_", "", "".join(body))
+    # Every sign of a number is mathematics, that of an interval's second end too.
+    assert not re.search(r"[+-]\d", "".join(body))
+    assert re.search(r"\$-\$\d+\.\d+ to \$\+\$\d", "".join(body))
 
 
 class Loaded(HTMLParser):
