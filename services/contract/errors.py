@@ -18,7 +18,7 @@
     │   ├── HandshakeError           teacher and student do not share tokenizer or vocabulary
     │   └── LabelMismatchError       soft labels belong to other tokens than those asked for
     ├── TrainingError                training cannot go on (non-finite loss, bad checkpoint)
-    ├── EvaluationError              none of a run's benchmarks could be carried out
+    ├── EvaluationError              a benchmark, or every one of a run, could not be carried out
     ├── CancelledError               stopped because the user asked for it
     ├── ApiUnavailableError          no API answers at the address
     ├── QueueUnavailableError        Redis or Valkey does not answer

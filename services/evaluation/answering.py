@@ -12,6 +12,7 @@ import torch
 from services.contract.errors import InvalidInputError, UnsupportedError
 from services.contract.prompt import encode_prompt
 from services.evaluation.batches import by_length
+from services.evaluation.finite import FiniteLogits
 from services.evaluation.lookback.examples import decode_answer, encode_document
 from services.evaluation.lookback.features import MeasuredSummary
 from services.evaluation.lookback.measure import MeasuredAnswer, Prompt, generate_measured
@@ -179,6 +180,7 @@ def _generate(
         attention_mask=mask_BT.to(device),
         max_new_tokens=max_new_tokens,
         pad_token_id=_pad_id(loaded),
+        logits_processor=[FiniteLogits()],
         **how,
     )
     # A decoder with an encoder repeats none of the prompt, only the token that it starts with.

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from transformers import AutoModel, AutoTokenizer
 
+from services.contract.errors import ModelNotFoundError
 from services.contract.settings import Settings
 from services.evaluation.batches import by_length, pad_right
+from services.models.minilm import NAME as MINILM
 from services.models.resolve import resolve_model
 
 
@@ -78,7 +80,11 @@ def _f1(output: tuple[torch.Tensor, torch.Tensor], reference: tuple[torch.Tensor
 @functools.lru_cache(maxsize=1)
 def load_bertscore(encoder: str, *, settings: Settings) -> BertScore:
     """With any encoder by directory, hub id, or ``all-minilm-l6-v2``. ModelNotFoundError where it cannot be had."""
-    directory = resolve_model(encoder, settings=settings)
+    try:
+        directory = resolve_model(encoder, settings=settings)
+    except ModelNotFoundError as error:
+        fix = f"Name a directory with an encoder, connect to the hub, or use {MINILM}, which needs none."
+        raise ModelNotFoundError(error.what, fix=fix) from None
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model: Any = AutoModel.from_pretrained(directory, dtype=torch.float32, use_safetensors=True)
     longest = min(int(getattr(model.config, "max_position_embeddings", 512)), int(tokenizer.model_max_length))

@@ -1,10 +1,11 @@
 """The metrics of an evaluation, by name: those that can be had, and why the others cannot."""
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from services.contract.errors import CancelledError, InvalidInputError, SmoothKDError
+from services.contract.errors import CancelledError, EvaluationError, InvalidInputError, SmoothKDError
 from services.contract.evaluation_spec import QUESTIONS, SUMMARISATION, EvaluationSpec, JudgeSpec
 from services.contract.settings import Settings
 from services.evaluation.answering import Answer
@@ -52,7 +53,7 @@ class Metrics:
             if name not in self.judges:
                 continue
             try:
-                verdicts[name] = self.judges[name](answers)
+                verdicts[name] = _finite(self.judges[name](answers), name=name)
             except CancelledError:
                 raise
             except Exception as error:
@@ -61,6 +62,12 @@ class Metrics:
                 self.missing[name] = describe(error)
                 del self.judges[name]
         return verdicts
+
+
+def _finite(verdicts: list[Verdict], *, name: str) -> list[Verdict]:
+    if not all(one.score is None or math.isfinite(one.score) for one in verdicts):
+        raise EvaluationError(f"{name} gives scores that are not finite", fix="Check the weights of what judges.")
+    return verdicts
 
 
 def load_metrics(

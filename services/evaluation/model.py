@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoTokenizer, GenerationConfig
 
 from services.contract.errors import ModelNotFoundError
 from services.evaluation.model_server import ModelServer
 from services.models.architecture import decoder_start, language_model_class
+from services.models.loading import load_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,19 +35,20 @@ def load_model(directory: str, *, server: ModelServer | None = None) -> LoadedMo
     """A language model, with an encoder or without, on the GPU in bfloat16 where there is one, else on the CPU in
     float32.
 
-    ``server``: one that serves it, and writes its greedy answers.
+    ``server``: one that serves it, and writes its greedy answers. ModelNotFoundError for what is not one, or not whole.
     """
     on_gpu = torch.cuda.is_available()
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
-        dtype = torch.bfloat16 if on_gpu else torch.float32
-        model: Any = language_model_class(directory).from_pretrained(directory, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        kind = language_model_class(directory)
+    except (OSError, ValueError, KeyError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelNotFoundError(
             f"{directory} cannot be loaded as a language model: {first}",
             fix="Name a directory that save_pretrained wrote for both model and tokenizer.",
         ) from None
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    model = load_whole(kind, directory, role="a language model", dtype=dtype)
     model = model.to("cuda" if on_gpu else "cpu").eval()
     eos_ids = _eos_ids(model, tokenizer)
     # What the model's makers recommend, such as sampling or a repetition penalty, is no part of greedy decoding.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from services.contract.errors import InvalidInputError, ModelNotFoundError
 from services.contract.settings import Settings
@@ -17,6 +17,7 @@ from services.evaluation.batches import by_length
 from services.evaluation.consistency.text import split_sentences
 from services.evaluation.sentences import sentence_spans
 from services.evaluation.verdict import Verdict
+from services.models.loading import load_whole
 from services.models.resolve import resolve_model
 
 DETECTOR = "nli"
@@ -97,24 +98,27 @@ class NliJudge:
 @functools.lru_cache(maxsize=1)
 def load_nli(name: str, *, settings: Settings) -> NliJudge:
     """A cross-encoder by directory or hub id. InvalidInputError for a model whose labels hold no entailment."""
-    directory = resolve_model(name, settings=settings)
+    try:
+        directory = resolve_model(name, settings=settings)
+    except ModelNotFoundError as error:
+        fix = "Name a directory with a cross-encoder, connect to the hub, or use consistency, which needs none."
+        raise ModelNotFoundError(error.what, fix=fix) from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
-        model: Any = AutoModelForSequenceClassification.from_pretrained(
-            directory, dtype=torch.float32, use_safetensors=True
-        )
+        config = AutoConfig.from_pretrained(directory)
     except (OSError, ValueError, KeyError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelNotFoundError(
             f"{name} cannot be loaded as a cross-encoder: {first}", fix="Name an NLI model for sequence classification."
         ) from None
-    labels = {str(label).lower(): int(index) for index, label in model.config.id2label.items()}
+    labels = {str(label).lower(): int(index) for index, label in config.id2label.items()}
     entailment = next((index for label, index in labels.items() if label in ("entailment", "entail")), None)
     if entailment is None:
         raise InvalidInputError(
             f"{name} has no label of entailment; its labels are {', '.join(labels)}",
             fix="Name a model that was trained for natural language inference.",
         )
+    model = load_whole(AutoModelForSequenceClassification, directory, role="a cross-encoder")
     positions = int(getattr(model.config, "max_position_embeddings", 0) or 512)
     if model.config.model_type in ("roberta", "xlm-roberta", "camembert"):
         # These keep the first positions for padding.

@@ -14,10 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from services.contract.errors import InvalidInputError, UnsupportedError
 from services.contract.settings import Settings
+from services.evaluation.finite import not_finite
 from services.evaluation.lookback.examples import Characters, Example, encode_example
 from services.evaluation.lookback.fingerprint import ModelFingerprint, fingerprint_model
 from services.evaluation.lookback.measure import measure_answers
 from services.models.architecture import has_encoder
+from services.models.loading import load_whole
 from services.models.resolve import resolve_model
 
 Array = NDArray[np.float32]
@@ -54,7 +56,8 @@ class LensModel:
 def load_lens_model(name: str, *, settings: Settings, revision: str | None = None) -> LensModel:
     """The model by directory or name, in float32 on a CPU and in its own precision on a GPU.
 
-    UnsupportedError for an encoder-decoder.
+    UnsupportedError for an encoder-decoder, ModelNotFoundError for weights that are not whole, EvaluationError for
+    weights that are not finite.
     """
     directory = resolve_model(name, revision=revision, settings=settings)
     if has_encoder(directory):
@@ -64,7 +67,7 @@ def load_lens_model(name: str, *, settings: Settings, revision: str | None = Non
         )
     on_gpu = torch.cuda.is_available()
     dtype: Any = "auto" if on_gpu else torch.float32
-    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, use_safetensors=True)
+    model = load_whole(AutoModelForCausalLM, directory, role="a language model", dtype=dtype)
     model = model.to("cuda" if on_gpu else "cpu").eval()
     tokenizer = AutoTokenizer.from_pretrained(directory)
     return LensModel(name=name, model=model, tokenizer=tokenizer, fingerprint=fingerprint_model(model))
@@ -80,8 +83,8 @@ def measure_summaries(
 ) -> list[MeasuredSummary]:
     """Ratios for each (document, summary), in order; a document with several summaries is read once.
 
-    What cannot be measured (no text, longer than the model's window) is there with the reason. ``cache`` is a folder
-    where ratios are kept between runs, by model, instruction, document and summary.
+    What cannot be measured (no text, longer than the model's window, attention that is not finite) is there with the
+    reason. ``cache`` is a folder where ratios are kept between runs, by model, instruction, document and summary.
     """
     measured: dict[int, MeasuredSummary] = {}
     by_document: dict[str, list[int]] = {}
@@ -112,9 +115,7 @@ def _measure_document(
         except InvalidInputError as error:
             if type(error) is not InvalidInputError:
                 raise
-            measured[index] = MeasuredSummary(
-                ratios_TLH=np.zeros((0, 0, 0), np.float32), offsets=[], missing=error.what
-            )
+            measured[index] = _missing(error.what)
             continue
         kept = _read(cache, lens_model, example)
         if kept is not None:
@@ -132,7 +133,13 @@ def _measure_document(
 
 
 def _measured(example: Example, ratios_TLH: Array) -> MeasuredSummary:
+    if not np.isfinite(ratios_TLH).all():
+        return _missing(not_finite("attention weights").what)
     return MeasuredSummary(ratios_TLH=ratios_TLH, offsets=example.offsets, truncated=example.truncated)
+
+
+def _missing(reason: str) -> MeasuredSummary:
+    return MeasuredSummary(ratios_TLH=np.zeros((0, 0, 0), np.float32), offsets=[], missing=reason)
 
 
 def _read(cache: Path | None, lens_model: LensModel, example: Example) -> Array | None:

@@ -8,6 +8,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from transformers import PretrainedConfig, PreTrainedModel
 
+from services.evaluation.finite import not_finite
+
 SAMPLES = 256
 SAME = 0.01
 """Relative difference up to which weights are the same, rounded to another precision."""
@@ -42,9 +44,14 @@ class ModelFingerprint(BaseModel):
 
 
 def fingerprint_model(model: PreTrainedModel) -> ModelFingerprint:
-    """Sizes from the configuration, and values at fixed places of the layers' weight matrices."""
+    """Sizes from the configuration, and values at fixed places of the layers' weight matrices.
+
+    EvaluationError for values that are not finite.
+    """
     with torch.inference_mode():
         weights = list(_sample(model))
+    if not np.isfinite(weights).all():
+        raise not_finite("weights")
     return ModelFingerprint(architecture=architecture_of(model.config), weights=weights)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from services.evaluation.finite import FiniteLogits
 from services.evaluation.lookback.attention import LookbackRecorder, lookback_ratios, recording
 
 
@@ -123,7 +124,10 @@ def measure_packed(model: PreTrainedModel, pairs: Sequence[tuple[Prompt, list[in
 def generate_measured(
     model: PreTrainedModel, prompts: Sequence[Prompt], *, max_new_tokens: int, pad_id: int, end_ids: Sequence[int]
 ) -> list[MeasuredAnswer]:
-    """Greedy answers to a left-padded batch of prompts, measured while they are generated."""
+    """Greedy answers to a left-padded batch of prompts, measured while they are generated.
+
+    EvaluationError where the logits are not finite.
+    """
     longest = max(len(prompt.ids) for prompt in prompts)
     pads = [longest - len(prompt.ids) for prompt in prompts]
     ids = torch.tensor([[pad_id] * pad + p.ids for p, pad in zip(prompts, pads, strict=True)], device=model.device)
@@ -144,6 +148,7 @@ def generate_measured(
             eos_token_id=list(end_ids) or None,
             use_cache=True,
             cache_implementation="dynamic",
+            logits_processor=[FiniteLogits()],
         )
     masses_BTLH2 = recorder.collect()
     answers = []
