@@ -251,7 +251,10 @@ def detect(
     model: Annotated[
         str | None, typer.Option(help="Of lookback: whose attention is read; of hhem and nli: the judge itself.")
     ] = None,
-    lens: Annotated[str, typer.Option(help="For lookback: a lens file or a shipped lens.")] = "smollm2-135m-instruct",
+    lens: Annotated[
+        str | None,
+        typer.Option(help="For lookback: a lens file or a shipped lens, smollm2-135m-instruct if none is named."),
+    ] = None,
 ) -> None:
     """Mark what summaries say beyond their documents; a higher score is worse."""
     from services.cli.progress import counting

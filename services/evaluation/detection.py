@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ LENS = "smollm2-135m-instruct"
 """The shipped lens, and the model that it was trained on."""
 NOTHING = "no word to judge"
 PAIRS_AT_A_TIME = 16
+READS: Mapping[str, Sequence[str]] = {"lookback": ("model", "lens"), "hhem": ("model",), "nli": ("model",)}
+"""Which options a detector reads."""
 Judged = TypeVar("Judged")
 
 
@@ -36,11 +39,11 @@ class Detection:
 
 @dataclass(frozen=True, kw_only=True)
 class DetectorOptions:
-    """``model`` and ``lens`` only count for the detectors that need one; None is the detector's own default."""
+    """None is the detector's own default; which detector reads what is in READS."""
 
     settings: Settings
     model: str | None = None
-    lens: str = LENS
+    lens: str | None = None
 
 
 Pairs = Sequence[tuple[str, str]]
@@ -61,6 +64,12 @@ def detect_file(
     """
     if name not in DETECTORS:
         raise InvalidInputError(f"{name!r} is no detector", fix=f"Choose one of {', '.join(DETECTORS)}.")
+    for option in ("model", "lens"):
+        if getattr(options, option) is not None and option not in READS.get(name, ()):
+            raise InvalidInputError(
+                f"the detector {name} reads no {option}",
+                fix=f"Leave --{option} out, or choose {' or '.join(one for one in READS if option in READS[one])}.",
+            )
     rows = [_checked(row.values, place=row.place) for row in local_rows(source)]
     if not rows:
         raise DatasetError(f"{source} holds nothing to judge", fix="Name a file with at least one summary.")
@@ -72,7 +81,8 @@ def detect_file(
         target.parent.mkdir(parents=True, exist_ok=True)
         partial.touch()
     try:
-        detections = DETECTORS[name]([(row["document"], row["summary"]) for row in rows], options, progress)
+        pairs = [(row["document"], row["summary"]) for row in rows]
+        detections = [_finite(detection) for detection in DETECTORS[name](pairs, options, progress)]
         with _writing(target):
             with partial.open("w", encoding="utf-8") as file:
                 for row, detection in zip(rows, detections, strict=True):
@@ -99,7 +109,7 @@ def detect_lookback(pairs: Pairs, options: DetectorOptions, progress: Progress) 
     from services.evaluation.lookback.detect import detect_lookback as look
 
     model = options.model or LENS
-    found = look(pairs, model=model, lens=options.lens, settings=options.settings, progress=progress)
+    found = look(pairs, model=model, lens=options.lens or LENS, settings=options.settings, progress=progress)
     return [Detection(score=item.score, spans=item.spans, missing=item.missing) for item in found]
 
 
@@ -159,6 +169,12 @@ def _in_parts(judge: Callable[[Pairs], list[Judged]], pairs: Pairs, progress: Pr
         judged += judge(pairs[start : start + PAIRS_AT_A_TIME])
         progress(len(judged), len(pairs))
     return judged
+
+
+def _finite(detection: Detection) -> Detection:
+    if detection.score is None or math.isfinite(detection.score):
+        return detection
+    return Detection(score=None, spans=[], missing="the detector's score is not finite; check its weights")
 
 
 def _from_verdict(verdict: Verdict) -> Detection:

@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 
@@ -83,6 +84,23 @@ def test_the_command_says_which_detectors_there_are(tmp_path):
     assert result.returncode == 2
     assert "lexical, lookback, consistency, hhem, nli" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("lexical", {"model": "m"}, "lexical reads no model.*lookback or hhem or nli"),
+        ("consistency", {"lens": "smollm2-135m-instruct"}, "consistency reads no lens.*choose lookback"),
+        ("nli", {"model": "m", "lens": "l"}, "nli reads no lens"),
+    ],
+)
+def test_options_that_a_detector_does_not_read_are_refused(name, options, message, tmp_path):
+    source = write(tmp_path / "in.jsonl", {"document": DOCUMENT, "summary": "Ferries."})
+    with pytest.raises(InvalidInputError) as raised:
+        detect_file(
+            name, source=source, target=tmp_path / "out.jsonl", options=DetectorOptions(settings=Settings(), **options)
+        )
+    assert re.search(message, f"{raised.value.what} {raised.value.fix}")
 
 
 def test_the_inputs_own_fields_are_kept_under_another_name(tmp_path):
