@@ -27,6 +27,7 @@ from services.contract.teacher.v1 import teacher_service_pb2_grpc as wire_grpc
 from services.contract.teacher_addresses import require_own_addresses
 from services.contract.teacher_channel import open_teacher_channel, teacher_access
 from services.contract.teacher_spec import OtherTeacherSpec, TeacherSpec
+from services.datasets.choices import check_choices
 from services.datasets.questions import check_questions
 from services.datasets.reading import check_dataset, check_items
 from services.models.directory import check_model_directory, is_path
@@ -129,6 +130,8 @@ def _check_benchmark(benchmark: BenchmarkSpec, *, limit: int | None, offline: bo
         check_items(benchmark, limit=limit, offline=offline)
     elif benchmark.name in QUESTIONS:
         check_questions(benchmark, limit=limit, offline=offline)
+    elif benchmark.path is not None:
+        check_choices(benchmark)
 
 
 def _check_label_files(directory: Path) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from services.cli.absolute_paths import absolute_evaluation
+from services.contract.errors import InvalidInputError
 from services.contract.evaluation_spec import EvaluationSpec
 from services.contract.settings import Settings
 from services.contract.spec_reading import parse_evaluation
@@ -36,7 +37,21 @@ def evaluate_model(
             "batch_size": batch_size,
         }
     )
+    _check_judges(judges, spec)
     _run(model, absolute_evaluation(spec), out, settings, server=server)
+
+
+JUDGED = {"lens": "factual_rate", "hhem": "factual_consistency", "nli": "entailment", "encoder": "bertscore"}
+"""Which metric each judge serves."""
+
+
+def _check_judges(judges: Mapping[str, str | bool | None], spec: EvaluationSpec) -> None:
+    for role, metric in JUDGED.items():
+        if judges.get(role) is not None and metric not in spec.metrics:
+            raise InvalidInputError(
+                f"--{role} only serves the metric {metric}, which is not asked for",
+                fix=f"Leave it out, or name {metric} among --metrics.",
+            )
 
 
 def measure_confidence(
@@ -79,7 +94,10 @@ def _run(model: str, spec: EvaluationSpec, out: Path, settings: Settings, *, ser
     from services.evaluation.directory import evaluate_to_directory
 
     scores = evaluate_to_directory(model, spec, out, settings, server=server)
-    table = Table("benchmark", "metric", "value", "items", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for column in ("benchmark", "metric", "value", "items"):
+        # Names and addresses in reasons are whole.
+        table.add_column(column, overflow="fold")
     for score in scores:
         value = f"{score.value:.2f}" if score.value is not None else f"– ({score.missing})"
         table.add_row(score.benchmark, score.metric, value, str(score.items))

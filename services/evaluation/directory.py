@@ -11,11 +11,14 @@ from rich.progress import Progress
 from transformers import AutoConfig
 
 from services.contract.errors import ConflictError, DatasetError, InvalidInputError
-from services.contract.evaluation_spec import SUMMARISATION, BenchmarkSpec, EvaluationSpec
+from services.contract.evaluation_spec import MULTIPLE_CHOICE, QUESTIONS, SUMMARISATION, BenchmarkSpec, EvaluationSpec
 from services.contract.metric_words import measured_on
 from services.contract.records import Generation, Score
 from services.contract.settings import Settings
-from services.datasets.reading import load_items
+from services.datasets.choices import check_choices
+from services.datasets.questions import check_questions
+from services.datasets.reading import check_items, load_items
+from services.datasets.sources import is_local
 from services.evaluation.evaluate import evaluate
 from services.evaluation.judged import judged_by
 from services.evaluation.lookback.fingerprint import architecture_of
@@ -33,11 +36,13 @@ def evaluate_to_directory(
     """The scores of a model, also in ``out`` beside the generations, one JSON object a line.
 
     A directory that an interrupted evaluation of the same model left is carried on, also with further metrics;
-    ConflictError when it is another model's, its outputs had another length, or others wrote or judged them.
+    ConflictError when it is another model's, its outputs had another length, or others wrote or judged them. A
+    DatasetError of a benchmark's file comes before anything else.
     ``server``: the address of one that serves the model and writes its answers, as ``vllm serve`` does.
     """
     if not spec.benchmarks:
         raise InvalidInputError("no benchmark was named", fix="Name at least one, for example demo_news.")
+    _check_files(spec)
     directory = resolve_model(model, settings=settings)
     asked = _server(server, model=model, directory=directory, settings=settings) if server else None
     try:
@@ -70,6 +75,19 @@ def evaluate_to_directory(
     _replace(out / GENERATIONS, (newest[key].model_dump_json() for key in sorted(newest)))
     _replace(out / SCORES, [json.dumps([score.model_dump() for score in scores], indent=2)])
     return scores
+
+
+def _check_files(spec: EvaluationSpec) -> None:
+    """Raises DatasetError for a benchmark's file before hours are spent on the benchmarks in front of it."""
+    for benchmark in spec.benchmarks:
+        if benchmark.path is None or not is_local(benchmark.path):
+            continue
+        if benchmark.name in MULTIPLE_CHOICE:
+            check_choices(benchmark)
+        elif benchmark.name in QUESTIONS:
+            check_questions(benchmark, limit=spec.limit)
+        else:
+            check_items(benchmark, limit=spec.limit)
 
 
 def _server(url: str, *, model: str, directory: str, settings: Settings) -> ModelServer:

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 import services.datasets
 from services.cli.main import app
 from services.cli.sweep_views import with_absolute_paths
+from services.contract.errors import DatasetError, InvalidInputError
 from services.contract.spec_reading import parse_sweep
 from services.evaluation.judged import judged_by
 
@@ -50,3 +51,44 @@ def test_judges_named_from_here_are_those_of_a_sweep(
     assert noted == {f"{metric} of demo_news": judge for metric, judge in expected.items()}
     assert noted["factual_consistency of demo_news"] == str(tmp_path / "hhem")
     assert noted["bertscore of demo_news"].startswith(f"{tmp_path / 'encoder'} with idf over 2 references (")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--hhem", "judge"], "--hhem only serves the metric factual_consistency"),
+        (["--lens", "lens.json", "--metrics", "rouge_l"], "--lens only serves the metric factual_rate"),
+        (["--nli", "judge"], "--nli only serves the metric entailment"),
+        (["--encoder", "judge"], "--encoder only serves the metric bertscore"),
+    ],
+)
+def test_a_judge_that_no_metric_asks_for_is_refused(options: list[str], said: str, tmp_path: Path) -> None:
+    command = ["evaluate", "--model", str(tmp_path / "no"), "--benchmarks", "demo_news", "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, [*command, *options])
+    assert isinstance(done.exception, InvalidInputError)
+    assert said in done.exception.what
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "line", "why"),
+    [
+        ("xsum", {"document": "A ferry left."}, "no column 'summary'"),
+        (
+            "arc_easy",
+            {"question": "Why?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": ""},
+            "none of",
+        ),
+        ("hotpotqa", {"id": "1", "question": "Why?", "answer": "So.", "context": []}, "nothing usable under context"),
+    ],
+)
+def test_a_file_is_read_before_the_model_and_before_other_benchmarks(
+    benchmark: str, line: dict, why: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "items.jsonl"
+    file.write_text(json.dumps(line) + "\n")
+    command = ["evaluate", "--model", str(tmp_path / "no"), "--benchmarks", f"demo_news,{benchmark}={file}"]
+    done = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "out")])
+    assert isinstance(done.exception, DatasetError)
+    assert f"{file}, line 1: " in done.exception.what
+    assert why in done.exception.what
+    assert not (tmp_path / "out").exists()

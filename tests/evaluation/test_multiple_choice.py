@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from services.contract.errors import DatasetError
+from services.contract.errors import DatasetError, InvalidInputError
 from services.contract.evaluation_spec import BenchmarkSpec
 from services.contract.settings import Settings
 from services.evaluation.model import LoadedModel, load_model
@@ -142,6 +142,20 @@ def test_an_unfit_file_is_named(text: str, error: str, loaded: LoadedModel, tmp_
     file.write_text(text)
     with pytest.raises(DatasetError, match=error):
         _score("arc_easy", file, loaded=loaded, limit=None, tmp_path=tmp_path)
+
+
+def test_examples_that_do_not_fit_into_the_window_are_refused_and_long_questions_counted(
+    loaded: LoadedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    row = {"choices": {"text": [*"abcde"], "label": [*"ABCDE"]}, "answerKey": "A"}
+    rows = [{**row, "question": "Where?"}, {**row, "question": "Who " * 600}, {**row, "question": "When?"}]
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(f"{json.dumps(one)}\n" for one in rows))
+    with pytest.raises(InvalidInputError, match="2 examples and a question are more than the model's window of 512"):
+        _answered("commonsense_qa", file, loaded=loaded, limit=None, tmp_path=tmp_path, examples=2)
+    found = _answered("commonsense_qa", file, loaded=loaded, limit=None, tmp_path=tmp_path)
+    assert len(found.items) == 3
+    assert "5 of 15 choices and their questions are longer than the model's window of 512 tokens" in caplog.text
 
 
 def test_without_hub_and_file_the_error_says_what_to_do(
