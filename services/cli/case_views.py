@@ -11,6 +11,7 @@ from services.contract.errors import InvalidInputError, NotFoundError
 from services.contract.metric_words import metric_title
 from services.contract.records import CaseStudy
 from services.reports.case_export import FORMATS, export_studies
+from services.reports.folder import make_folder
 
 PAGE = 100
 
@@ -37,7 +38,7 @@ def show_cases(sweep_id: str, *, out: Path | None, metric: str, benchmark: str |
     if out is None:
         Console().print(Markdown(text))
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     partial = out.with_name(f".{out.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(out)

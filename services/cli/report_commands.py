@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from services.contract.errors import InvalidInputError
+from services.reports.folder import make_folder
 
 FORMATS = ("md", "csv", "tex", "html", "json")
 
@@ -17,9 +18,9 @@ def write_report(sweep_id: str, *, out: Path, formats: str) -> list[Path]:
         raise InvalidInputError(
             f"there is no report as {', '.join(unknown) or 'nothing'}", fix=f"Choose from {', '.join(FORMATS)}."
         )
+    make_folder(out)
     with sweep_views.client() as api:
         texts = {form: api.report(sweep_id, form=form) for form in wanted}
-    out.mkdir(parents=True, exist_ok=True)
     files = []
     for form, text in texts.items():
         file = out / f"report.{form}"

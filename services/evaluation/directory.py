@@ -25,6 +25,7 @@ from services.evaluation.lookback.fingerprint import architecture_of
 from services.evaluation.model_server import ModelServer
 from services.evaluation.subject import OWN, SUBJECT, Subject, read_subject
 from services.models.resolve import resolve_model
+from services.reports.folder import make_folder
 
 GENERATIONS = "generations.jsonl"
 SCORES = "scores.json"
@@ -45,10 +46,7 @@ def evaluate_to_directory(
     _check_files(spec)
     directory = resolve_model(model, settings=settings)
     asked = _server(server, model=model, directory=directory, settings=settings) if server else None
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InvalidInputError(f"{out} can be no directory: {error.strerror}", fix="Name another --out.") from None
+    make_folder(out)
     _claim(out, directory=Path(directory), spec=spec, server=asked, settings=settings)
     known = _read_generations(out / GENERATIONS)
     with (

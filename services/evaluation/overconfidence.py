@@ -12,11 +12,13 @@ from services.contract.errors import InvalidInputError
 from services.contract.evaluation_spec import BenchmarkSpec
 from services.contract.records import Record
 from services.contract.settings import Settings
+from services.datasets.choices import check_choices
 from services.evaluation.calibration import Array, Calibration, measure_calibration, wrong_nll
 from services.evaluation.model import load_model
 from services.evaluation.multiple_choice import CALIBRATED, ChoiceItem, answer_multiple_choice
 from services.models.resolve import resolve_model
 from services.reports.colours import DISTILLED
+from services.reports.folder import make_folder
 from services.reports.page import page_html, table_html
 from services.reports.plots import density_plot, figure_html, reliability_plot
 
@@ -56,6 +58,9 @@ def measure_overconfidence(
     shown = list(examples) if len(examples) > 1 else [*examples] * len(models)
     labels = _labels(models, shown)
     benchmark = BenchmarkSpec(name=CALIBRATED, path=data)
+    if data is not None:
+        check_choices(benchmark)
+    make_folder(out)
     found = []
     for label, model, count in zip(labels, models, shown, strict=True):
         directory = resolve_model(model, settings=settings)
@@ -122,7 +127,7 @@ def write_overconfidence(models: Sequence[ModelConfidence], out: Path) -> None:
         "reliability.svg": reliability,
         "overconfidence.html": page_html("Overconfidence", facts, body),
     }
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     for name, text in files.items():
         partial = out / f".{name}.partial"
         partial.write_text(text, encoding="utf-8")

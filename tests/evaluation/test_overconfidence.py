@@ -207,3 +207,22 @@ def test_an_evaluation_keeps_each_question_with_the_choice(tiny_model: Path, fil
     assert scores[1].value == pytest.approx(np.mean([one.scores["wrong_nll"] for one in kept]))
     assert all((one.output == one.reference) == (one.scores["acc"] == 100) for one in kept)
     assert kept[0].item_id == "csqa-0"
+
+
+@pytest.mark.parametrize(
+    ("out", "line", "said"),
+    [
+        ("file", "", "file can be no directory: File exists"),
+        ("new", '{"question": "Why?"}', "line 1: no column 'choices', 'answerKey'"),
+    ],
+)
+def test_what_cannot_work_is_told_before_a_model_is_loaded(out: str, line: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "model").mkdir()
+    command = ["overconfidence", "--model", str(tmp_path / "model"), "--out", str(tmp_path / out)]
+    if line:
+        (tmp_path / "rows.jsonl").write_text(line)
+        command += ["--data", str(tmp_path / "rows.jsonl")]
+    done = CliRunner().invoke(app, command)
+    assert isinstance(done.exception, InvalidInputError)
+    assert said in done.exception.what
