@@ -1,7 +1,7 @@
 """What vLLM loads in every process that it starts (the entry point ``vllm.general_plugins``): a teacher's end with it.
 
-By itself vLLM leaves them behind when the process that started them is killed, and with them the memory of the GPU that
-the teacher's next start needs.
+Not before it, on a Ctrl-C that it answers by letting requests finish; and not after it: by itself vLLM leaves them
+behind when the process that started them is killed, and with them the memory of the GPU that its next start needs.
 """
 
 import logging
@@ -43,6 +43,7 @@ def _watch() -> None:
     teacher = int(os.environ.get(TEACHER_PID, 0))
     if teacher in (0, os.getpid()):
         return
+    _leave_ctrl_c_to_the_teacher()
     try:
         handle = os.pidfd_open(teacher)
     except ProcessLookupError:
@@ -52,6 +53,14 @@ def _watch() -> None:
         logger.warning("this process will outlive a teacher that is killed: %s", error)
     else:
         threading.Thread(target=_wait, args=(handle,), name="end-with-teacher", daemon=True).start()
+
+
+def _leave_ctrl_c_to_the_teacher() -> None:
+    """A terminal sends it to all; the teacher still needs this process for what is under way."""
+    # Blocked as well: in a process that was forked, vLLM sets a handler after this.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _wait(handle: int) -> None:

@@ -1,9 +1,11 @@
 """Processes that are forked or started for a teacher end with it, also when it is killed."""
 
 import os
+import signal
 import subprocess
 import sys
 from importlib.metadata import entry_points
+from pathlib import Path
 
 import psutil
 import pytest
@@ -36,6 +38,9 @@ def test_what_a_killed_teacher_forked_or_started_ends() -> None:
     with teacher.stdout:
         others = [psutil.Process(int(teacher.stdout.readline())) for _ in range(3)]
     assert teacher.pid not in [process.pid for process in others]
+    # A terminal sends a Ctrl-C to all of them, and the teacher still needs the others for what is under way.
+    assert not _is_deaf_to_ctrl_c(teacher.pid)
+    assert all(_is_deaf_to_ctrl_c(process.pid) for process in others)
     teacher.kill()
     teacher.wait()
     wait_until(lambda: not any(_lives(process) for process in others), seconds=30)
@@ -102,3 +107,9 @@ def test_vllm_itself_loads_the_plugin(before: str | None) -> None:
 
 def _lives(process: psutil.Process) -> bool:
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def _is_deaf_to_ctrl_c(pid: int) -> bool:
+    """Both ways: vLLM sets a handler of its own in processes that it forks."""
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return all(int(status[field], 16) >> (signal.SIGINT - 1) & 1 for field in ("SigIgn", "SigBlk"))
