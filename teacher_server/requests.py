@@ -106,7 +106,9 @@ def read_generate_request(
     """The prompts and how to continue them; the first mistake ends the whole request."""
     check_model(request.model, request.fingerprint, card)
     if not card.generates:
-        raise UnsupportedError(f"this teacher ({card.engine}) does not generate", fix="Start one that does.")
+        raise UnsupportedError(
+            f"this teacher ({card.engine}) does not generate", fix="Start it with smoothkd teacher --generation."
+        )
     if request.max_new_tokens < 1:
         raise InvalidInputError("max_new_tokens is 0", fix="Ask for at least 1 token.")
     if request.temperature != 0 and not MIN_TEMPERATURE <= request.temperature <= MAX_TEMPERATURE:

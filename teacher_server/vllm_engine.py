@@ -7,6 +7,7 @@ Shape suffixes: T tokens, N label positions, D hidden size, V vocabulary.
 
 import asyncio
 import logging
+import math
 import os
 import uuid
 from collections.abc import AsyncGenerator, Sequence
@@ -20,11 +21,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from services.contract.errors import InvalidInputError, TeacherUnavailableError
 from services.contract.lm_head import LmHead
 from services.contract.sequences import Continuation, DecodeOptions, LabelOptions, Prompt, TokenSequence
-from services.contract.soft_labels import ScoredSequence, hash_sequence
+from services.contract.soft_labels import ScoredSequence
 from services.contract.tensors import Array
 from teacher_server.adapter import merge_adapter
 from teacher_server.checkpoint_head import load_checkpoint_head
-from teacher_server.engine import ENGINE_FAILED, BatchReport, Capacity, TeacherCard
+from teacher_server.draws import draw_seed
+from teacher_server.engine import ENGINE_FAILED, BatchReport, Capacity, TeacherCard, logits_not_finite
 from teacher_server.fingerprint import fingerprint_model
 from teacher_server.gathered import Gathered
 from teacher_server.student_heads import StudentHeads
@@ -38,6 +40,9 @@ _Work = tuple[torch.Tensor, TokenSequence, LabelOptions]
 
 _LABELLED_TOGETHER = 32
 """Sequences of exact labels, which share a product with the head; others take too long to wait for each other."""
+
+_MIN_TEMPERATURE, _MAX_TEMPERATURE = 0.01, 2.0
+"""vLLM silently raises what is below, and refuses what is above."""
 
 
 class VllmEngine:
@@ -90,6 +95,9 @@ class VllmEngine:
             stop_token_ids=stop_token_ids(weights.directory, tokenizer.special_token_ids.get("eos")),
             weights_dtype=weights_dtype,
         )
+        # Rows that pad the head are no tokens, but to vLLM they are.
+        padding = range(tokenizer.vocab_size, model_config.get_vocab_size())
+        self._never_written = dict.fromkeys(padding, -math.inf)
         # The head's products use every core; two at a time would only slow each other down.
         self._head_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="teacher-head")
         self._exact = Gathered(self._label, executor=self._head_thread, most=_LABELLED_TOGETHER)
@@ -155,13 +163,23 @@ class VllmEngine:
         from vllm.sampling_params import RequestOutputKind
 
         assert self._generator is not None, "requests for a teacher that does not generate are refused"
+        if options.temperature and not _MIN_TEMPERATURE <= options.temperature <= _MAX_TEMPERATURE:
+            raise InvalidInputError(
+                f"vLLM draws at temperatures from {_MIN_TEMPERATURE:g} to {_MAX_TEMPERATURE:g}, not at "
+                f"{options.temperature:g}",
+                fix="Choose one of these, or 0, which is greedy; --engine transformers draws at any.",
+            )
         how = SamplingParams(
             temperature=options.temperature,
             # Per prompt, so that draws depend on nothing else that is under way.
-            seed=None if options.temperature == 0 else _prompt_seed(prompt, options.seed),
+            seed=None if options.temperature == 0 else draw_seed(prompt, options, bits=48),
             max_tokens=options.max_new_tokens,
             ignore_eos=True,
             stop_token_ids=list(options.stop_token_ids or self.card.stop_token_ids),
+            logit_bias=self._never_written or None,
+            # Of the chosen tokens alone: out of logits that are no numbers vLLM chooses as if nothing were wrong.
+            logprobs=0,
+            flat_logprobs=True,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
@@ -170,6 +188,8 @@ class VllmEngine:
         answer = output.outputs[0]
         if answer.finish_reason not in ("stop", "length"):
             raise TeacherUnavailableError("the teacher gave it up", fix="Ask for this prompt again.")
+        if math.isnan(answer.cumulative_logprob):
+            raise logits_not_finite()
         return Continuation(id=prompt.id, token_ids=tuple(answer.token_ids), finish_reason=answer.finish_reason)
 
     def watch_batches(self, report: BatchReport) -> None:
@@ -192,14 +212,19 @@ class VllmEngine:
                 async for output in outputs:
                     last = output
         except EngineDeadError:
-            logger.critical("vLLM's engine has died; ending so that the supervisor starts this teacher again")
-            os.kill(os.getpid(), ENGINE_FAILED)
+            end_without_engine()
             raise TeacherUnavailableError(
                 "the teacher's engine has died", fix="The teacher restarts; ask again in a while."
             ) from None
         except ValueError as error:
             raise InvalidInputError(f"vLLM refuses the request: {error}", fix="Change the request.") from None
         return last
+
+
+def end_without_engine() -> None:
+    """Let this process end in an error, after what vLLM's own have done."""
+    logger.critical("vLLM's engine has died; ending so that the supervisor starts this teacher again")
+    os.kill(os.getpid(), ENGINE_FAILED)
 
 
 def _capacity(engine: Any, *, decodes: bool = False) -> Capacity:
@@ -215,8 +240,3 @@ def _capacity(engine: Any, *, decodes: bool = False) -> Capacity:
 
 def _head_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _prompt_seed(prompt: Prompt, seed: int) -> int:
-    digest = hash_sequence([seed % 2**32, *prompt.token_ids], [len(prompt.id)])
-    return int.from_bytes(digest[:6], "little")

@@ -4,6 +4,7 @@ Other weights take the place of the old ones in them. Requests for several never
 adds the adapter of one request to the others as well.
 """
 
+import asyncio
 import logging
 import os
 from pathlib import Path
@@ -16,7 +17,7 @@ from teacher_server.engine import Engine
 from teacher_server.in_thread import in_daemon_thread
 from teacher_server.options import TeacherOptions
 from teacher_server.tokenizer import TeacherTokenizer, load_tokenizer
-from teacher_server.vllm_engine import VllmEngine
+from teacher_server.vllm_engine import VllmEngine, end_without_engine
 from teacher_server.vllm_options import VllmOptions
 from teacher_server.vllm_plugin import mark_as_teacher
 from teacher_server.weights import Weights, read_adapter, weights_at
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Those that vLLM can be started for."""
+
+_LOOK_SECONDS = 2.0
+"""How often it is seen whether vLLM's processes live: an idle teacher would say that it serves without them."""
 
 _NOT_ADAPTED = ("lm_head", "embed_tokens", "wte", "embed_in", "embed_out")
 """The pooling runner has no output head, and the head here is the checkpoint's own."""
@@ -56,6 +60,7 @@ class VllmSource:
         # Of the base model in the processes; None while it is not certain what they hold.
         self._loaded: Weights | None = None
         self._adapters = 0
+        self._watching: asyncio.Task[None] | None = None
 
     def start_weights(self) -> Weights:
         return self._start_weights
@@ -70,6 +75,7 @@ class VllmSource:
         base = weights_at(str(weights.directory), directory=weights.directory)
         if self._scorer is None:
             await in_daemon_thread(lambda: self._start(weights.directory), name="teacher-load")
+            self._watching = asyncio.create_task(self._watch())
         elif base != self._loaded:
             await self._reload(weights.directory)
         self._loaded = base
@@ -87,6 +93,8 @@ class VllmSource:
         )
 
     def close(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
         for engine in (self._scorer, self._generator):
             if engine is not None:
                 engine.shutdown()
@@ -108,18 +116,27 @@ class VllmSource:
             else:
                 self._generator = engine
 
+    async def _watch(self) -> None:
+        while not any(engine.errored for engine in (self._scorer, self._generator) if engine is not None):
+            await asyncio.sleep(_LOOK_SECONDS)
+        end_without_engine()
+
     async def _reload(self, directory: Path) -> None:
         self._loaded = None
         for engine in filter(None, (self._scorer, self._generator)):
             try:
                 await engine.collective_rpc("reload_weights", kwargs={"weights_path": str(directory)})
-                await engine.reset_prefix_cache()
+                forgotten = await engine.reset_prefix_cache()
             except Exception as error:
                 # vLLM passes on whatever went wrong in its processes as a bare Exception.
                 raise TeacherError(
                     f"vLLM cannot load the weights in {directory}: {_first_line(error)}",
                     fix="The lines above in the teacher's log say why.",
                 ) from error
+            if not forgotten:
+                raise TeacherError(
+                    "vLLM still holds what it computed with the former weights", fix="Have them loaded again."
+                )
 
     async def _add_adapter(self, weights: Weights) -> Any:
         from vllm.lora.request import LoRARequest

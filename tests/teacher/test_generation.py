@@ -93,8 +93,12 @@ def test_sampling_repeats_with_the_seed_and_ignores_the_company(tiny_teacher: Te
 
 @pytest.mark.parametrize("teacher", ["tiny_teacher", "mock_teacher"])
 def test_samples_follow_the_teachers_distribution(teacher: str, request: pytest.FixtureRequest) -> None:
-    client: TeacherClient = request.getfixturevalue(teacher)
-    ids, temperature = [5, 17, 40], 0.7
+    assert_samples_follow_the_distribution(request.getfixturevalue(teacher), temperature=0.7)
+
+
+def assert_samples_follow_the_distribution(client: TeacherClient, *, temperature: float) -> None:
+    """One token drawn 3,000 times after the same few, against the labels there."""
+    ids = [5, 17, 40]
     draws = 3000
     prompts = [Prompt(id=str(index), token_ids=ids) for index in range(draws)]
     options = DecodeOptions(max_new_tokens=1, temperature=temperature)

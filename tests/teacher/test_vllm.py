@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
 import ml_dtypes
 import numpy as np
 import psutil
@@ -17,6 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from services.contract.errors import InvalidInputError, TeacherError
 from services.contract.sequences import DecodeOptions, LabelOptions, Prompt, TokenSequence
 from services.contract.soft_labels import checked_positions
+from services.contract.teacher.v1 import teacher_service_pb2 as pb
+from services.contract.teacher.v1.teacher_service_pb2_grpc import TeacherServiceStub
 from student_trainer.teacher_client import TeacherClient
 from tests.teacher.serving import REPOSITORY, free_port, health_of, wait_until
 
@@ -24,7 +27,7 @@ PYTHON = REPOSITORY / ".venv-vllm" / "bin" / "python"
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(900),
     pytest.mark.skipif(not PYTHON.exists(), reason="needs vLLM in .venv-vllm; make setup-vllm builds it"),
 ]
 
@@ -58,7 +61,11 @@ def start(model: Path, folder: Path, *options: str) -> Served:
         assert process.poll() is None, log.read_text()[-3000:]
         return health_of(served.address) == "SERVING"
 
-    wait_until(is_up, seconds=300)
+    try:
+        wait_until(is_up, seconds=600)
+    except AssertionError:
+        stop(served)
+        raise
     return served
 
 
@@ -154,6 +161,13 @@ def test_bad_input_is_refused_and_the_engine_lives(teacher, sequences):
         assert len(list(client.score(sequences[:1], LabelOptions()))) == 1
 
 
+def test_a_teacher_whose_engine_dies_ends_though_nobody_asks(teacher):
+    """The last to use it."""
+    processes = psutil.Process(teacher.process.pid).children(recursive=True)
+    next(child for child in processes if "Worker" in " ".join([child.name(), *child.cmdline()])).kill()
+    assert teacher.process.wait(60) == TeacherError.exit_code
+
+
 def test_in_bfloat16_the_distribution_is_nearly_the_same_until_it_is_killed(smollm2, sequences, reference, tmp_path):
     """Rounding is no reason to refuse to serve. Killed, the teacher takes vLLM's processes with it."""
     served = start(smollm2, tmp_path, "--max-length", "512", "--dtype", "bfloat16")
@@ -177,7 +191,7 @@ def test_in_bfloat16_the_distribution_is_nearly_the_same_until_it_is_killed(smol
         assert 0 < divergence.mean() < 5e-3
 
 
-def test_greedy_continuations_are_those_of_transformers(smollm2, tmp_path):
+def test_greedy_continuations_are_those_of_transformers_until_the_engine_dies(smollm2, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
@@ -188,14 +202,22 @@ def test_greedy_continuations_are_those_of_transformers(smollm2, tmp_path):
         with TeacherClient(served.address) as client:
             (answer,) = client.generate([Prompt(id="x", token_ids=prompt)], DecodeOptions(max_new_tokens=12))
         assert list(answer.token_ids) == expected
-        engine = psutil.Process(served.process.pid).children(recursive=True)
-        next(
-            child for child in engine if "EngineCore" in child.name() or "EngineCore" in " ".join(child.cmdline())
-        ).kill()
-        with TeacherClient(served.address, patience_seconds=1) as client, pytest.raises(Exception, match="teacher"):
-            list(client.score([TokenSequence(id="x", token_ids=[1, 2], label_positions=[1])], LabelOptions()))
+        processes = psutil.Process(served.process.pid).children(recursive=True)
+        engines = [child for child in processes if "EngineCore" in " ".join([child.name(), *child.cmdline()])]
+        assert len(engines) == 2
+        with grpc.insecure_channel(served.address) as channel:
+            request = pb.GenerateSequencesRequest(max_new_tokens=480, stop_token_ids=[49_000])
+            request.prompts.extend(pb.GeneratePrompt(id=str(n), token_ids=[n, 5, 6]) for n in range(32))
+            stream = TeacherServiceStub(channel).GenerateSequences(request)
+            stream.initial_metadata()
+            # The one that decodes was started last.
+            max(engines, key=psutil.Process.create_time).kill()
+            with pytest.raises(grpc.RpcError) as caught:
+                list(stream)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert "the teacher's engine has died" in caught.value.details()
         assert served.process.wait(60) == TeacherError.exit_code
-        psutil.wait_procs(engine, timeout=30)
-        assert not [child for child in engine if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+        psutil.wait_procs(processes, timeout=30)
+        assert not [child for child in processes if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
     finally:
         stop(served)

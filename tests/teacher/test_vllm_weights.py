@@ -19,7 +19,7 @@ from tests.teacher.test_vllm import PYTHON, Served, start, stop
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(900),
     pytest.mark.skipif(not PYTHON.exists(), reason="needs vLLM in .venv-vllm; make setup-vllm builds it"),
 ]
 
