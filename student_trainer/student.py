@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -20,9 +19,10 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from services.contract.distillation_spec import StudentSpec
-from services.contract.errors import ModelNotFoundError, UnsupportedError
+from services.contract.errors import UnsupportedError
 from services.contract.settings import Settings
 from services.models.architecture import decoder_start, language_model_class
+from services.models.loading import load_whole
 from services.models.logit_shape import logit_scale, soft_cap
 from services.models.resolve import resolve_model
 from student_trainer.adapters import (
@@ -57,22 +57,17 @@ def load_student(
     """The student's model, ready to train: all of its weights in float32, or adapters of its own ``seed`` on weights
     that are frozen in ``frozen_dtype``.
 
-    ModelNotFoundError for weights that cannot be read. UnsupportedError when its logits are not those of one output
-    head that covers ``vocab_size`` tokens. SpecError and MissingExtraError for adapters that cannot be had.
+    ModelNotFoundError for weights that cannot be read, or are not all there. UnsupportedError when its logits are not
+    those of one output head that covers ``vocab_size`` tokens. SpecError and MissingExtraError for adapters that cannot
+    be had.
     """
     quantized = quantization(spec.lora, compute_dtype=frozen_dtype)
     directory = resolve_model(spec.model, revision=spec.revision, settings=settings)
     transformers_logging.disable_progress_bar()
     dtype = torch.float32 if spec.lora is None else frozen_dtype
-    options = {} if quantized is None else {"quantization_config": quantized}
-    try:
-        model: PreTrainedModel = language_model_class(directory).from_pretrained(
-            directory, dtype=dtype, use_safetensors=True, **options
-        )
-    except SafetensorError as error:
-        raise ModelNotFoundError(
-            f"the weights of {directory} cannot be read: {error}", fix="Copy or download the model again."
-        ) from None
+    model: PreTrainedModel = load_whole(
+        language_model_class(directory), directory, role="a student", dtype=dtype, quantized=quantized
+    )
     _make_generation_config_savable(model)
     if quantized is not None:
         keep_trainable(model)

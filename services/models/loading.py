@@ -8,13 +8,18 @@ from safetensors import SafetensorError
 from services.contract.errors import ModelNotFoundError
 
 
-def load_whole(kind: Any, directory: str, *, role: str, dtype: torch.dtype | str = torch.float32) -> Any:
-    """A model of ``kind``, a class of transformers. ``role``: what it shall be, for messages.
+def load_whole(
+    kind: Any, directory: str, *, role: str, dtype: torch.dtype | str = torch.float32, quantized: Any = None
+) -> Any:
+    """A model of ``kind``, a class of transformers. ``role``: what it shall be, for messages; ``quantized``: how its
+    weights are quantised while they are loaded.
 
     ModelNotFoundError for weights that cannot be read, are not there, or have other shapes than the configuration says.
     """
     try:
-        model, found = kind.from_pretrained(directory, dtype=dtype, use_safetensors=True, output_loading_info=True)
+        model, found = kind.from_pretrained(
+            directory, dtype=dtype, use_safetensors=True, output_loading_info=True, quantization_config=quantized
+        )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise _unfit(directory, role, first) from None

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from services.contract.distillation_spec import StudentSpec
 from services.contract.errors import ModelNotFoundError, UnsupportedError
@@ -31,7 +32,16 @@ def test_a_head_with_fewer_rows_than_the_tokenizer_has_ids_is_refused(tmp_path: 
 def test_weights_that_are_cut_short_are_named(tmp_path: Path, settings: Settings) -> None:
     weights = make_tiny_model(tmp_path / "model") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ModelNotFoundError, match=f"the weights of {tmp_path / 'model'} cannot be read"):
+    with pytest.raises(ModelNotFoundError, match=f"{tmp_path / 'model'} cannot be loaded as a student"):
+        load_student(StudentSpec(model=str(tmp_path / "model")), settings, vocab_size=100)
+
+
+def test_weights_that_are_not_there_are_not_drawn_at_random(tmp_path: Path, settings: Settings) -> None:
+    file = make_tiny_model(tmp_path / "model") / "model.safetensors"
+    weights = load_file(file)
+    del weights["model.layers.0.mlp.down_proj.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ModelNotFoundError, match=r"its weights lack model\.layers\.0\.mlp\.down_proj\.weight"):
         load_student(StudentSpec(model=str(tmp_path / "model")), settings, vocab_size=100)
 
 
