@@ -1,6 +1,7 @@
 """One request becomes its answers: from the cache, from a computation under way for another, or from the engine."""
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import AbstractContextManager, aclosing
@@ -20,6 +21,8 @@ from teacher_server.fair_queue import FairQueue
 from teacher_server.flights import Flight, Flights, Payload
 from teacher_server.sizes import label_bytes
 from teacher_server.wire import encode_scored, numpy_dtype
+
+logger = logging.getLogger(__name__)
 
 ItemT = TypeVar("ItemT", TokenSequence, Prompt)
 ResultT = TypeVar("ResultT")
@@ -227,12 +230,14 @@ def _plain(sequence: TokenSequence) -> TokenSequence:
 def _failed(item: TokenSequence | Prompt, error: BaseException) -> SmoothKDError:
     if isinstance(error, OverloadedError):
         return error
-    kind = type(error) if isinstance(error, SmoothKDError) else SmoothKDError
-    what, fix, details = (error.what, error.fix, error.details) if isinstance(error, SmoothKDError) else (error, "", {})
-    return kind(
-        f"sequence {item.id!r} failed: {what}",
-        fix=fix or "Look at the teacher's log.",
-        details={**details, "sequence_id": item.id},
+    if not isinstance(error, SmoothKDError):
+        # To the log only: a client gets the words alone.
+        logger.error("sequence %r failed", item.id, exc_info=error)
+        error = SmoothKDError(str(error) or type(error).__name__, fix="Look at the teacher's log.")
+    return type(error)(
+        f"sequence {item.id!r} failed: {error.what}",
+        fix=error.fix or "Look at the teacher's log.",
+        details={**error.details, "sequence_id": item.id},
     )
 
 

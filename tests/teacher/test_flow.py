@@ -374,7 +374,9 @@ def test_a_client_that_is_killed_in_mid_stream_leaves_nothing_behind(watched: Wa
             assert len(list(client.score(sequences(5)))) == 5
 
 
-def test_one_sequence_that_fails_is_named_after_all_others_were_answered(watched: Watched) -> None:
+def test_one_sequence_that_fails_is_named_after_all_others_were_answered(
+    watched: Watched, caplog: pytest.LogCaptureFixture
+) -> None:
     items = sequences(40)
     bad = TokenSequence(id="bad", token_ids=[13, 1, 2, 3], label_positions=[1])
     answered: list[str] = []
@@ -390,6 +392,8 @@ def test_one_sequence_that_fails_is_named_after_all_others_were_answered(watched
         assert sorted(answered) == sorted(item.id for item in items)
         assert len(list(client.score(items))) == 40
         wait_until(watched.is_idle)
+    # Where it happened, for whoever runs the teacher.
+    assert "in watch_score" in caplog.text
 
 
 def test_random_cancels_and_refusals_lose_and_repeat_nothing(watched: Watched) -> None:
