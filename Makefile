@@ -52,9 +52,8 @@ proto: setup  ## Regenerate the stubs of the wire contract
 		--python_out=. --grpc_python_out=. --mypy_out=. services/contract/teacher/v1/teacher_service.proto
 
 validate-detectors: setup  ## Compare the detectors with people's labels; about an hour; DATA=folder of the label sets
-	$(BIN)/python -m services.evaluation.consistency.train --data $(DATA) --out .smoothkd/consistency --precision bfloat16
-	$(BIN)/python -m services.evaluation.validation --data $(DATA) --held-out .smoothkd/consistency \
-		--lookback xsumfaith --cache .smoothkd/lens-cache
+	$(BIN)/python -m services.evaluation.consistency.train --data $(DATA) --out .smoothkd/consistency
+	$(BIN)/python -m services.evaluation.validation --data $(DATA) --held-out .smoothkd/consistency --cache .smoothkd/lens-cache
 
 bench: setup setup-vllm  ## Measure speed and memory as ratios, half an hour; BENCHMARKS="codec label_cache" for some
 	@for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name || exit 1; done

@@ -31,6 +31,8 @@ FEATURES = (
     "uncovered_by_one_sentence",
     "first_position",
     "sentences_apart",
+    "apart_from_the_rest",
+    "far_from_the_rest",
 )
 
 
@@ -122,6 +124,7 @@ def _features(words: list[Word], source: Source) -> npt.NDArray[np.float32]:
     absent_share = _share(absent[index] for index in content)
     pairs_share = _share(pairs)
     uncovered = _uncovered_by_best([keys[index] for index in content], source)
+    apart, far = (_apart_from_the_rest([keys[index] for index in content], source, reach=reach) for reach in (0, 1))
     rows = []
     last = len(words) - 1
     for index, word in enumerate(words):
@@ -145,6 +148,8 @@ def _features(words: list[Word], source: Source) -> npt.NDArray[np.float32]:
                 uncovered,
                 1 - min(source.where.get(keys[index], [len(source.keys)])) / max(len(source.keys), 1),
                 _apart(around),
+                0 if word.is_stop_word else apart[keys[index]],
+                0 if word.is_stop_word else far[keys[index]],
             ]
         )
     return np.array(rows, dtype=np.float32).reshape(len(words), len(FEATURES))
@@ -162,6 +167,31 @@ def _apart(places: list[list[int]]) -> float:
         return 1.0
     gaps = [min(abs(one - other) for one in first for other in second) for first, second in itertools.pairwise(places)]
     return min(max(gaps), 5) / 5
+
+
+def _apart_from_the_rest(content: list[str], source: Source, *, reach: int) -> dict[str, float]:
+    """For each of the claim's content words, how much less of the others is where it stands than at their best place.
+
+    0 where the sentence that holds most of the others, by rarity, holds the word too; 1 where no sentence that holds it
+    has any of the others: it belongs to another statement of the source. A sentence counts with ``reach`` neighbours on
+    each side, because a statement may go on with a pronoun.
+    """
+    weights = {key: source.rarity(key) + 0.01 for key in dict.fromkeys(content)}
+    around = np.arange(-reach, reach + 1)
+    holds = {}
+    covered = np.zeros(len(source.keys) + 2)
+    for key, weight in weights.items():
+        holds[key] = np.zeros(len(covered), dtype=bool)
+        holds[key][np.add.outer(np.array(source.where.get(key, []), dtype=np.int64) + 1, around)] = True
+        covered += weight * holds[key]
+    return {key: _lacking(covered - weight * holds[key], holds[key]) for key, weight in weights.items()}
+
+
+def _lacking(others: npt.NDArray[np.float64], holds: npt.NDArray[np.bool_]) -> float:
+    most = float(others.max())
+    if most < 1e-9:
+        return 0.0
+    return 1 - float(others[holds].max()) / most if holds.any() else 1.0
 
 
 def _share(flags: Iterable[bool]) -> float:

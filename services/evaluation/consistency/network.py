@@ -14,6 +14,7 @@ from services.evaluation.consistency.encoding import HIDDEN, LAYERS
 
 WIDTH = 64
 DEPTH = 1
+MEMBERS = 3
 ALIGNMENTS = 3 * len(LAYERS)
 PADDING_LOGIT = -30.0
 
@@ -32,6 +33,20 @@ class Batch:
 
 
 class ConsistencyNetwork(nn.Module):
+    """The mean logits of networks fitted apart: what one of them learnt by chance weighs less."""
+
+    def __init__(self, *, members: int = MEMBERS) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(Member() for _ in range(members))
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Word logits (B, W), padding words at PADDING_LOGIT, and claim logits (B)."""
+        logits = [member(batch) for member in self.members]
+        words_MBW, claims_MB = (torch.stack(kind) for kind in zip(*logits, strict=True))
+        return words_MBW.mean(0), claims_MB.mean(0)
+
+
+class Member(nn.Module):
     """Logits that words, and the claim as a whole, are unsupported by the passage."""
 
     def __init__(self) -> None:

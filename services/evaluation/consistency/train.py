@@ -5,8 +5,8 @@
 The recipe, in order; every random choice follows from ``--seed``:
 
 1. Sentences of Dolly's closed-question, extraction and summarisation answers, of their contexts, and of XSum articles
-   that share no text with a labelled one are taken as supported; each is also made wrong twice. The network is first
-   fitted to these.
+   that share no text with a labelled one are taken as supported; each is also made wrong twice. The network's members
+   are first fitted to these, each from a start and in an order of its own.
 2. It is fitted further to XSumFaith (majority word labels), DeFacto (candidates; the words that the corrections
    changed; the corrections as supported) and BUMP (edits; the words they changed; the references as supported), each
    set and each side of its labels with the same weight. SummEval is never trained on.
@@ -38,7 +38,7 @@ from services.evaluation.consistency.folds import Course, Report, fit_copy, scor
 from services.evaluation.consistency.held_out import Judgement, write_held_out
 from services.evaluation.consistency.labelled import Example, read_labelled
 from services.evaluation.consistency.made import make_examples, read_material
-from services.evaluation.consistency.network import ConsistencyNetwork
+from services.evaluation.consistency.network import ConsistencyNetwork, Member
 from services.evaluation.consistency.training import LabelledClaim, fit, label_claims
 from services.evaluation.consistency.weights import write_network
 from services.models.minilm import NAME, encoder_directory
@@ -94,8 +94,10 @@ def main(
 
 def fit_first(claims: Sequence[LabelledClaim], *, seed: int, report: Report) -> ConsistencyNetwork:
     """A new network fitted to made claims alone."""
-    torch.manual_seed(seed)
     network = ConsistencyNetwork()
+    for number, member in enumerate(network.members):
+        torch.manual_seed(seed + number)
+        member.load_state_dict(Member().state_dict())
     progress = functools.partial(report, "made contradictions")
     fit(network, claims, epochs=FIRST_EPOCHS, learning_rate=FIRST_RATE, seed=seed, progress=progress)
     return network

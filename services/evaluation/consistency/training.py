@@ -1,12 +1,13 @@
 """Fitting the consistency network to claims whose words, or which as a whole, are labelled."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from services.evaluation.consistency.batching import EncodedClaim, encode_pairs, make_batch
@@ -56,26 +57,40 @@ def fit(
     seed: int,
     progress: Progress = lambda _done, _of: None,
 ) -> None:
-    """Trains ``network`` in place with AdamW; the same arguments on the same machine give the same weights."""
+    """Trains the members of ``network`` in place, each in an order of its own.
+
+    The same arguments on the same machine give the same weights.
+    """
+    steps = epochs * -(-len(claims) // BATCH_SIZE)
+    of = steps * len(network.members)
+    for number, member in enumerate(network.members):
+        for step in _steps(member, claims, epochs=epochs, learning_rate=learning_rate, seed=seed + number):
+            progress(number * steps + step, of)
+
+
+def _steps(
+    member: nn.Module, claims: Sequence[LabelledClaim], *, epochs: int, learning_rate: float, seed: int
+) -> Iterator[int]:
+    """Fits one network with AdamW; yields how many steps are done."""
     generator = random.Random(seed)
     torch.manual_seed(seed)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(member.parameters(), lr=learning_rate, weight_decay=WEIGHT_DECAY)
     steps = epochs * -(-len(claims) // BATCH_SIZE)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / (WARM_UP * steps + 1), (steps - step) / (steps * (1 - WARM_UP) + 1))
     )
-    network.train()
+    member.train()
     step = 0
     for _ in range(epochs):
         for batch in _batches(claims, generator):
-            loss = _loss(network, batch)
+            loss = _loss(member, batch)
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(network.parameters(), LARGEST_GRADIENT)
+            torch.nn.utils.clip_grad_norm_(member.parameters(), LARGEST_GRADIENT)
             optimizer.step()
             schedule.step()
             step += 1
-            progress(step, steps)
+            yield step
 
 
 def _label(claim: EncodedClaim, number: int, example: Example, *, alone: bool) -> LabelledClaim:
@@ -105,7 +120,7 @@ def _batches(claims: Sequence[LabelledClaim], generator: random.Random) -> list[
     return [[claims[index] for index in batch] for batch in batches]
 
 
-def _loss(network: ConsistencyNetwork, batch: Sequence[LabelledClaim]) -> torch.Tensor:
+def _loss(network: nn.Module, batch: Sequence[LabelledClaim]) -> torch.Tensor:
     """Weighted mean cross-entropy over labelled words plus that over labelled claims."""
     word_logits_BW, claim_logits_B = network(make_batch([item.encoded for item in batch]))
     words_BW, known_BW = torch.zeros_like(word_logits_BW), torch.zeros_like(word_logits_BW)

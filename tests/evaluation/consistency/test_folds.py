@@ -1,5 +1,6 @@
 """The fold protocol on tiny data: what is left out has no influence on its own scores."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from services.evaluation.consistency import training
+from services.evaluation.consistency.batching import make_batch
 from services.evaluation.consistency.encoding import Encoder
 from services.evaluation.consistency.folds import Course, balance, score_held_out, split_by_group
 from services.evaluation.consistency.held_out import read_held_out, write_held_out
@@ -49,7 +51,7 @@ def course(examples: list[Example], claims: list[LabelledClaim]) -> Course:
 @pytest.fixture(scope="module")
 def first() -> ConsistencyNetwork:
     torch.manual_seed(0)
-    return ConsistencyNetwork()
+    return ConsistencyNetwork(members=2)
 
 
 def test_no_group_is_on_both_sides_and_each_is_tested_once() -> None:
@@ -86,6 +88,30 @@ def test_labels_of_a_document_do_not_reach_its_own_scores(
     # With balanced flips the weights stay the same, so only a leak could move these scores.
     assert [after[index].score for index in of_group] == [before[index].score for index in of_group]
     assert [judgement.score for judgement in after] != [judgement.score for judgement in before]
+
+
+def test_members_are_fitted_apart_and_their_logits_averaged(
+    first: ConsistencyNetwork, claims: list[LabelledClaim]
+) -> None:
+    together = copy.deepcopy(first)
+    steps = []
+    training.fit(
+        together, claims, epochs=1, learning_rate=1e-3, seed=5, progress=lambda done, of: steps.append((done, of))
+    )
+    alone = []
+    for number, member in enumerate(first.members):
+        one = ConsistencyNetwork(members=1)
+        one.members[0].load_state_dict(member.state_dict())
+        training.fit(one, claims, epochs=1, learning_rate=1e-3, seed=5 + number)
+        alone.append(one.eval())
+    batch = make_batch([item.encoded for item in claims[:5]])
+    with torch.no_grad():
+        words_BW, claims_B = together.eval()(batch)
+        words_MBW, claims_MB = zip(*(one(batch) for one in alone), strict=True)
+    torch.testing.assert_close(words_BW, torch.stack(words_MBW).mean(0))
+    torch.testing.assert_close(claims_B, torch.stack(claims_MB).mean(0))
+    assert not torch.allclose(claims_MB[0], claims_MB[1], atol=1e-3)
+    assert steps == [(done, steps[-1][0]) for done in range(1, len(steps) + 1)]
 
 
 def test_sets_and_labels_weigh_the_same(examples: list[Example], claims: list[LabelledClaim]) -> None:
