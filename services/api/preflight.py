@@ -175,7 +175,7 @@ def _check_teacher(spec: SweepSpec, wanted: _AnyTeacher, teacher: wire.GetTeache
     if wanted is spec.teacher and spec.distillation.level != "word" and not teacher.generates:
         raise UnsupportedError(
             f"distillation.level: the teacher at {address} does not generate, which {spec.distillation.level} needs",
-            fix="Use level word, or a teacher whose engine generates.",
+            fix="Start the teacher again with --generation, which vLLM needs to decode, or use level word.",
         )
 
 

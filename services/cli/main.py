@@ -91,11 +91,14 @@ def up(
     model: TeacherModel = DEMO_MODEL,
     engine: Engine = "auto",
     workers: Annotated[int, typer.Option(min=1, help="Queue workers on this machine.")] = 1,
+    generation: Annotated[
+        bool, typer.Option("--generation", help="With vLLM: also decode, for sequence level, in a second engine.")
+    ] = False,
 ) -> None:
     """Start everything here: queue, teacher, API, workers, dashboard. Ctrl-C ends all."""
     from services.cli.up import run_up
 
-    run_up(_settings(), model=model, engine=engine, workers=workers)
+    run_up(_settings(), model=model, engine=engine, workers=workers, generation=generation)
 
 
 @app.command(rich_help_panel=ONE_MACHINE)

@@ -22,15 +22,17 @@ from services.embedded import valkey_binary
 console = Console()
 
 
-def run_up(settings: Settings, *, model: str, engine: str, workers: int) -> None:
-    """Serve until Ctrl-C or SIGTERM."""
-    with running_platform(settings, model=model, engine=engine, workers=workers) as supervisor:
+def run_up(settings: Settings, *, model: str, engine: str, workers: int, generation: bool) -> None:
+    """Serve until Ctrl-C or SIGTERM. ``generation``: the teacher also decodes, with vLLM in a second engine."""
+    with running_platform(settings, model=model, engine=engine, workers=workers, generation=generation) as supervisor:
         console.print("Ctrl-C ends everything; the next start goes on where this one stopped.")
         serve_until_stopped(supervisor)
 
 
 @contextmanager
-def running_platform(settings: Settings, *, model: str, engine: str, workers: int) -> Iterator[Supervisor]:
+def running_platform(
+    settings: Settings, *, model: str, engine: str, workers: int, generation: bool = False
+) -> Iterator[Supervisor]:
     """Every part started and healthy; all end when the context does."""
     for name in ("api_url", "teacher_address"):
         if getattr(settings, name):
@@ -40,7 +42,7 @@ def running_platform(settings: Settings, *, model: str, engine: str, workers: in
             )
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     with _sole_owner(settings.data_dir), _sigterm_as_ctrl_c():
-        services = platform_services(settings, model=model, engine=engine, workers=workers)
+        services = platform_services(settings, model=model, engine=engine, workers=workers, generation=generation)
         with Supervisor(
             services, log_dir=settings.data_dir / "logs", environment=_child_environment(settings)
         ) as supervisor:
@@ -75,7 +77,9 @@ def dashboard_url(settings: Settings) -> str:
     return f"http://{settings.dashboard_host}:{settings.dashboard_port}"
 
 
-def platform_services(settings: Settings, *, model: str, engine: str, workers: int) -> list[Service]:
+def platform_services(
+    settings: Settings, *, model: str, engine: str, workers: int, generation: bool = False
+) -> list[Service]:
     """The processes of one machine, in the order they start.
 
     A Redis that SMOOTHKD_REDIS_URL names is used as it is; otherwise an embedded Valkey is the first service.
@@ -93,7 +97,7 @@ def platform_services(settings: Settings, *, model: str, engine: str, workers: i
         ),
         Service(
             name="teacher",
-            argv=_smoothkd("teacher", "--model", model, "--engine", engine),
+            argv=_smoothkd("teacher", "--model", model, "--engine", engine, *(["--generation"] if generation else [])),
             problem=lambda: health.teacher_problem(settings),
             port=settings.teacher_port,
             port_setting="SMOOTHKD_TEACHER_PORT",

@@ -11,6 +11,8 @@ import httpx
 import psutil
 import pytest
 
+from services.cli.up import platform_services
+from services.contract.settings import Settings
 from tests.cli.test_compose import free_port
 
 SMOOTHKD = [sys.executable, "-m", "services.cli.main"]
@@ -145,3 +147,11 @@ def test_a_taken_port_is_named_before_anything_starts(platform):
     assert "SMOOTHKD_API_PORT" in result.stderr
     assert "Traceback" not in result.stderr
     assert not list((platform.folder / "data").glob("logs/*"))
+
+
+def test_the_teacher_decodes_where_that_is_asked_for(tmp_path: Path) -> None:
+    settings = Settings(data_dir=tmp_path, redis_url="redis://127.0.0.1:1")
+    for asked in (False, True):
+        services = platform_services(settings, model="m", engine="vllm", workers=1, generation=asked)
+        [teacher] = [service for service in services if service.name == "teacher"]
+        assert ("--generation" in teacher.argv) is asked

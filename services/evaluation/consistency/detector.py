@@ -71,7 +71,7 @@ class Detector:
         for found in claims:
             judged = [(claim, next(scores)) for claim in found]
             spans = [span for claim, score in judged for span in self._spans(claim, score)]
-            detections.append(Detection(output_score([score for _, score in judged]), spans))
+            detections.append(Detection(output_score((item.claim, score) for item, score in judged), spans))
         return detections
 
     def _spans(self, claim: EncodedClaim, score: ClaimScore) -> list[Span]:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.model_selection import GroupKFold
 
+from services.evaluation.consistency.claims import Claim
 from services.evaluation.consistency.held_out import Judgement
 from services.evaluation.consistency.labelled import Example
 from services.evaluation.consistency.network import ConsistencyNetwork
@@ -89,11 +90,11 @@ def balance(claims: Sequence[LabelledClaim], examples: Sequence[Example]) -> lis
 
 
 def _judge(course: Course, scores: dict[int, ClaimScore]) -> list[Judgement]:
-    of_example: dict[int, list[ClaimScore]] = defaultdict(list)
+    of_example: dict[int, list[tuple[Claim, ClaimScore]]] = defaultdict(list)
     ranges: dict[int, list[tuple[int, int, float]]] = defaultdict(list)
     for index, item in enumerate(course.claims):
         claim = item.encoded.claim
-        of_example[item.example].append(scores[index])
+        of_example[item.example].append((claim, scores[index]))
         ranges[item.example].extend(
             (claim.start + word.start, claim.start + word.end, round(float(probability), 5))
             for word, probability in zip(claim.words, scores[index].words_W, strict=True)

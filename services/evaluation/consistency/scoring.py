@@ -1,6 +1,6 @@
 """What the network makes of claims: how likely each word, and the claim, is unsupported."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 
 from services.evaluation.consistency.batching import EncodedClaim, by_length, make_batch
+from services.evaluation.consistency.claims import Claim
 from services.evaluation.consistency.network import ConsistencyNetwork
 
 LARGEST = 1 - 1e-9
@@ -37,8 +38,15 @@ def score_claims(
     return [score for score in scores if score is not None]
 
 
-def output_score(scores: Sequence[ClaimScore]) -> float | None:
-    """Probability that at least one claim is unsupported, taken as independent; None without claims."""
-    if not scores:
+def output_score(judged: Iterable[tuple[Claim, ClaimScore]]) -> float | None:
+    """Probability that at least one claim is unsupported, taken as independent; None without claims.
+
+    A claim in the same words counts once: models that loop say one thing often.
+    """
+    worst: dict[tuple[str, ...], float] = {}
+    for claim, score in judged:
+        words = tuple(word.key for word in claim.words)
+        worst[words] = max(score.claim, worst.get(words, 0.0))
+    if not worst:
         return None
-    return float(-np.expm1(sum(np.log1p(-min(score.claim, LARGEST)) for score in scores)))
+    return float(-np.expm1(sum(np.log1p(-min(probability, LARGEST)) for probability in worst.values())))

@@ -63,6 +63,12 @@ def test_an_invented_sentence_anywhere_makes_the_output_worse(detector: Detector
     assert wrong.score > right.score
 
 
+def test_saying_a_thing_again_makes_it_no_worse(detector: Detector) -> None:
+    once, often = detector.detect([(ARTICLE, SUMMARY), (ARTICLE, " ".join([SUMMARY] * 30))])
+    assert once.score is not None
+    assert often.score == pytest.approx(once.score, abs=0.05)
+
+
 def test_nothing_to_judge(detector: Detector) -> None:
     empty, blank, signs, without_source = detector.detect(
         [(ARTICLE, ""), (ARTICLE, " \n"), (ARTICLE, "... --- !!"), ("", SUMMARY)]
@@ -77,7 +83,8 @@ def test_a_pair_does_not_depend_on_its_neighbours(detector: Detector, news: list
     together = detector.detect([*news[:6], (ARTICLE, SUMMARY), (ARTICLE, "")])
     alone = [detector.detect([pair])[0] for pair in [*news[:6], (ARTICLE, SUMMARY), (ARTICLE, "")]]
     for one, other in zip(together, alone, strict=True):
-        assert one.score == pytest.approx(other.score, abs=1e-3)
+        # States are kept in float16, and of nearly equal counterparts another may be the best.
+        assert one.score == pytest.approx(other.score, abs=5e-3)
         assert [(span.start, span.end) for span in one.spans] == [(span.start, span.end) for span in other.spans]
     assert detector.detect([*news[:6], (ARTICLE, SUMMARY), (ARTICLE, "")]) == together
 
