@@ -58,7 +58,7 @@ def test_consistency_is_the_detectors_word_and_keeps_its_spans(
     scores, generations = _evaluate(tiny_model, settings, benchmark, metrics=["support", "consistency"])
     detections = detect_consistency([(one.source, one.output) for one in generations])
     expected = [100 * (1 - one.score) for one in detections if one.score is not None]
-    assert scores["consistency"].value == pytest.approx(sum(expected) / len(expected), abs=0.01)
+    assert scores["consistency"].value == pytest.approx(sum(expected) / len(expected), abs=0.1)
     assert scores["consistency"].items == len(expected) > 0
     for generation, detection in zip(generations, detections, strict=True):
         spans = [span for span in generation.spans if span.detector == "consistency"]
