@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from services.contract.distillation_spec import StudentSpec
-from services.contract.errors import TeacherError, UnsupportedError
+from services.contract.errors import ModelNotFoundError, TeacherError, UnsupportedError
 from services.contract.settings import Settings
 from services.contract.teacher.v1 import teacher_service_pb2 as pb
 from services.contract.teacher.v1.teacher_service_pb2_grpc import TeacherServiceStub
@@ -119,6 +119,6 @@ def test_weights_in_a_pickle_run_no_code(model_of: Callable[[str], Path], tmp_pa
     shutil.copy(next(model_of("llama-untied").glob("*.safetensors")), directory / "adapter.safetensors")
     with pytest.raises(TeacherError, match="cannot be loaded"), running_teacher(options):
         pass
-    with pytest.raises(OSError, match="safetensors"):
+    with pytest.raises(ModelNotFoundError, match=r"cannot be loaded as a student: .*model\.safetensors"):
         load_student(StudentSpec(model=str(directory)), Settings(), vocab_size=300)
     assert not sprung.exists()
