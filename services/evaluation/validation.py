@@ -29,6 +29,8 @@ from services.evaluation.nli import load_nli
 
 RESAMPLES = 1000
 SEED = 0
+MEASURED = frozenset({"xsumfaith", "defacto", "bump", "bump-reference", "summeval"})
+"""Whose outputs the measures read: people's corrections are there to learn from, and the lens reads slowly."""
 
 Detector = Callable[[Sequence[Example]], list[Judgement]]
 
@@ -69,7 +71,7 @@ def main(
     }
     if lookback != Lookback.NONE:
         detectors["lookback"] = lambda examples: judge_lookback(
-            [example for example in examples if lookback in (Lookback.ALL, example.origin)],
+            [one for one in examples if one.origin in MEASURED and lookback in (Lookback.ALL, one.origin)],
             settings=Settings(),
             cache=cache,
         )
@@ -224,7 +226,7 @@ AUROC against human labels, with 95 % bootstrap intervals over documents; 0.5 is
 "BUMP pairs won" is the share of edited summaries that score worse than the reference they were made from, and the last
 column is Spearman's correlation of the score with the experts' inconsistency. The trained detectors, consistency and
 lookback, judge each document by what they learnt without it and without any document that shares its text; neither
-learns from SummEval. The consistency scores are those that
+learns from SummEval, and lookback from XSumFaith's labels alone. The consistency scores are those that
 `python -m services.evaluation.consistency.train` leaves beside its weights. HHEM and NLI cross-encoders come from the
 model hub; `--hhem NAME` and `--nli NAME` add a row for each."""
 
