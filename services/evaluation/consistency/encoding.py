@@ -30,7 +30,10 @@ _CLS, _SEP = 101, 102
 
 
 def write_encoder(source: Path, folder: Path) -> None:
-    """The published encoder in the directory ``source`` as the files that ``Encoder`` reads, 23 MB."""
+    """The published encoder in the directory ``source`` as the files that ``Encoder`` reads, 23 MB.
+
+    OSError or SafetensorError for a source that cannot be read.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     weights = load_file(source / "model.safetensors")
     # The file also holds a pooler, and positions that the library makes itself.
@@ -63,8 +66,8 @@ class Encoder:
     def __init__(self, folder: Path, *, precision: torch.dtype = torch.float32) -> None:
         """From what ``write_encoder`` left in ``folder``.
 
-        bfloat16 is several times faster on processors that have it, and much slower on others. OSError, ValueError or
-        SafetensorError for a folder without an encoder.
+        bfloat16 is several times faster on processors that have it, and much slower on others. OSError, ValueError,
+        RuntimeError or SafetensorError for a folder without an encoder.
         """
         self._precision = precision
         self._tokenizer = Tokenizer.from_buffer((folder / TOKENIZER).read_bytes())

@@ -1,7 +1,7 @@
 """The trained part of the consistency model: a small transformer over a claim's and its passage's encoder states.
 
 Shapes: B claims, C and P word pieces of claim and passage, T = C + P, W words of a claim, D encoder states, F lexical
-features, A alignment features, H width.
+features, A alignment features, H width, M members.
 """
 
 from dataclasses import dataclass
